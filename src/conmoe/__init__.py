@@ -1,0 +1,1 @@
+"""Smaller Mixture-of-Experts checkpoints after training."""
