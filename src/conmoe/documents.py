@@ -172,7 +172,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UsageError(f"Reading {path} needs the datasets package; pip install datasets.") from error
+        raise UsageError(f"Reading {path} needs the datasets package; pip install 'conmoe[data]'.") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
@@ -186,7 +186,7 @@ def _hub_records(source: str, seed: int | None) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(f"Reading {source} needs the datasets package; pip install datasets.") from error
+        raise UsageError(f"Reading {source} needs the datasets package; pip install 'conmoe[data]'.") from error
     name, config, split = hub_address(source)
     # The hub is streamed, so that a few thousand tokens of a large data set do not download all of it. Offline, only
     # what datasets has already prepared in its cache can be read, and only without streaming.
