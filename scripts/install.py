@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-INPUTS = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__).resolve())
+INPUTS = (ROOT / "pyproject.toml", ROOT / "src/conmoe/__init__.py", CONSTRAINTS, Path(__file__).resolve())
 CHOICES = ("auto", "cpu", "cuda", "plain", "skip")
 GPU_PACKAGE = re.compile(r"(nvidia|cuda|triton|pytorch[-_]triton)([-_]|$)", re.IGNORECASE)
 FRUGAL_PIP = (23, 2)  # from here on a dry run reads metadata; before, it downloads all that it would install
