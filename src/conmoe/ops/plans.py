@@ -1,0 +1,120 @@
+"""Make layer plans, and put plans of parts of a layer together.
+
+Prototypes are always in the order of the lowest source expert in their recipe, so equal decisions are equal plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from conmoe.ops import fusion
+from conmoe.ops.experts import mix, tensors
+from conmoe.types import ConmoeError, Experts, LayerPlan
+
+DROPPED = -1
+
+
+def identity(E: int) -> LayerPlan:
+    """Every expert answers for itself."""
+    return replace(prune(torch.arange(E), E), predicted_error=0.0)
+
+
+def prune(kept_K: Tensor, E: int) -> LayerPlan:
+    """Keep ``kept_K``; the router may not choose any other expert."""
+    assignment_E = torch.full((E,), DROPPED, dtype=torch.int64)
+    kept_K = kept_K.sort().values
+    assignment_E[kept_K] = torch.arange(kept_K.numel())
+    return remap(kept_K, assignment_E)
+
+
+def remap(kept_K: Tensor, assignment_E: Tensor) -> LayerPlan:
+    """Keep ``kept_K`` unchanged; expert ``e`` is answered for by ``kept_K[assignment_E[e]]``."""
+    mixing_KE = torch.zeros(kept_K.numel(), assignment_E.numel(), dtype=torch.float64)
+    mixing_KE[torch.arange(kept_K.numel()), kept_K] = 1.0
+    return compose(assignment_E, mixing_KE)
+
+
+def merge(assignment_E: Tensor, weight_E: Tensor) -> LayerPlan:
+    """Prototype ``c`` is the mean of the experts with ``assignment_E == c``, weighted by ``weight_E``."""
+    return compose(assignment_E, fusion.average(assignment_E, weight_E))
+
+
+def compose(assignment_E: Tensor, mixing_KE: Tensor) -> LayerPlan:
+    """The plan of an assignment and its recipes, with gains of one and prototypes in canonical order."""
+    return _ordered(LayerPlan(assignment_E, mixing_KE, torch.ones(assignment_E.numel(), dtype=torch.float64)))
+
+
+def embed(
+    plans: Sequence[LayerPlan],
+    subsets: Sequence[Tensor],
+    E: int,
+    *,
+    energy_E: Tensor | None = None,
+    experts: Experts | None = None,
+) -> LayerPlan:
+    """One plan of ``E`` experts from plans of disjoint subsets of them (protected experts, router groups).
+
+    ``subsets[s][i]`` is the expert that ``plans[s]`` knows as ``i``. Predicted errors are averaged by the share of
+    ``energy_E`` (the sum of g^2 ||E||^2 over tokens) in each subset. ``experts`` are read only where one plan brings
+    new weights and another does not.
+    """
+    if not torch.equal(torch.cat(list(subsets)).sort().values, torch.arange(E)):
+        raise ConmoeError(f"The parts of a layer do not name each of its {E} experts exactly once; this is a bug.")
+    assignment_E, gain_E = torch.empty(E, dtype=torch.int64), torch.empty(E, dtype=torch.float64)
+    mixing_KE = torch.zeros(sum(plan.mixing_KE.shape[0] for plan in plans), E, dtype=torch.float64)
+    first = 0
+    for plan, subset in zip(plans, subsets, strict=True):
+        last = first + plan.mixing_KE.shape[0]
+        assignment_E[subset] = torch.where(plan.assignment_E < 0, DROPPED, plan.assignment_E + first)
+        gain_E[subset] = plan.gain_E.double()
+        mixing_KE[first:last, subset] = plan.mixing_KE.double()
+        first = last
+    joined = LayerPlan(
+        assignment_E,
+        mixing_KE,
+        gain_E,
+        _join_weights(plans, subsets, experts),
+        _join_errors(plans, subsets, energy_E),
+        _join_scores(plans, subsets, E),
+    )
+    return _ordered(joined)
+
+
+def _ordered(plan: LayerPlan) -> LayerPlan:
+    order_K = (plan.mixing_KE != 0).to(torch.int8).argmax(dim=1).argsort(stable=True)
+    rank_K = order_K.argsort()
+    assignment_E = torch.where(plan.assignment_E < 0, DROPPED, rank_K[plan.assignment_E.clamp_min(0)])
+    weights = {name: tensor[order_K.to(tensor.device)] for name, tensor in plan.weights.items()}
+    return replace(plan, assignment_E=assignment_E, mixing_KE=plan.mixing_KE[order_K], weights=weights)
+
+
+def _join_weights(plans: Sequence[LayerPlan], subsets: Sequence[Tensor], experts: Experts | None) -> dict[str, Tensor]:
+    names = sorted({name for plan in plans for name in plan.weights})
+    if names and experts is None and any(name not in plan.weights for plan in plans for name in names):
+        raise ConmoeError("A plan with new weights can only join one without them if the experts are at hand.")
+    source = {} if experts is None else tensors(experts)
+
+    def part(plan: LayerPlan, subset: Tensor, name: str) -> Tensor:
+        return plan.weights[name] if name in plan.weights else mix(source[name][subset], plan.mixing_KE)
+
+    return {name: torch.cat([part(*pair, name) for pair in zip(plans, subsets, strict=True)]) for name in names}
+
+
+def _join_errors(plans: Sequence[LayerPlan], subsets: Sequence[Tensor], energy_E: Tensor | None) -> float:
+    masses = [subset.numel() if energy_E is None else float(energy_E[subset].sum()) for subset in subsets]
+    total = sum(masses)
+    if total <= 0:
+        return 0.0
+    return sum(mass / total * plan.predicted_error for mass, plan in zip(masses, plans, strict=True))
+
+
+def _join_scores(plans: Sequence[LayerPlan], subsets: Sequence[Tensor], E: int) -> dict[str, Tensor]:
+    scores: dict[str, Tensor] = {}
+    for plan, subset in zip(plans, subsets, strict=True):
+        for name, score in plan.scores.items():
+            scores.setdefault(name, torch.full((E,), torch.nan, dtype=torch.float64))[subset] = score.double()
+    return scores

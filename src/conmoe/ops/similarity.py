@@ -1,0 +1,158 @@
+"""How far apart experts are: three distances behind one interface, ``(sample, experts) -> cost_EE`` in float64.
+
+``cost_ij`` is the cost of letting ``j`` answer for ``i``; the diagonal is zero, exact duplicates are at distance zero,
+and nothing is ever NaN. All stream: no tensor of ``E * n * D`` is held, nor a second copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from conmoe.ops.experts import expert_output
+from conmoe.types import Experts, TokenSample
+
+#: Bytes of the largest intermediate tensor.
+BLOCK_BYTES = 128 * 2**20
+#: Pairs closer than this share of their norms are compared again by subtraction: dot products cancel there.
+CLOSE = 1e-2
+#: How many tokens stand in for those an expert never got.
+STAND_INS = 32
+
+
+@torch.no_grad()
+def weight_distance(sample: TokenSample, experts: Experts) -> Tensor:
+    """``D_ij = mean over W in (gate, up, down) of 2 ||W_i - W_j|| / (||W_i|| + ||W_j|| + 2e-12)``, between 0 and 2.
+
+    The rule of an independent implementation of ConMoE; needs no sample. A bias counts as one more column of its
+    matrix. Blind to a permutation of hidden units. Cost: ``3 E^2 D I`` multiplications, in float32.
+    """
+    matrices = (
+        (experts.gate_EID, experts.gate_bias_EI),
+        (experts.up_EID, experts.up_bias_EI),
+        (experts.down_EDI, experts.down_bias_ED),
+    )
+    return torch.stack([_relative_distance(*matrix) for matrix in matrices]).mean(dim=0)
+
+
+@torch.no_grad()
+def mean_output_distance(sample: TokenSample, experts: Experts) -> Tensor:
+    """``||mean E_i(x) - mean E_j(x)||`` over all tokens of the sample, routed there or not (HC-SMoE, arXiv 2410.08589).
+
+    Cost: ``n E`` expert evaluations.
+    """
+    E, n = experts.gate_EID.shape[0], sample.hidden_nD.shape[0]
+    total_ED = torch.zeros(E, sample.hidden_nD.shape[1], dtype=torch.float64, device=experts.gate_EID.device)
+    for block in _blocks(n, floats_per_row=8 * sum(experts.gate_EID.shape[1:])):
+        x_cD = sample.hidden_nD[block].to(total_ED.device)
+        for expert in range(E):
+            total_ED[expert] += expert_output(experts, expert, x_cD).sum(dim=0, dtype=torch.float32)
+    return _pairwise(total_ED / max(n, 1), total_ED / max(n, 1))
+
+
+@torch.no_grad()
+def functional_distance(sample: TokenSample, experts: Experts) -> Tensor:
+    """``F_ij = sum of g_i^2 ||E_i(x) - E_j(x)||^2 / sum of g_i^2 ||E_i(x)||^2`` over the sample tokens routed to i.
+
+    Directed: the squared error that ``i`` answered for by ``j`` makes in the layer's output, relative to what ``i``
+    contributes, before other experts and the residual. In a scope, ``j`` of another layer is fed the inputs of ``i``.
+
+    An expert without sample tokens is judged on those that came nearest to choosing it: the ``STAND_INS`` tokens of
+    its layer with the highest router logit, with equal gates; it will be chosen by tokens like them if by any. Where a
+    ratio is 0 / 0 the two experts agree: 0. Where only the denominator is 0, or no token is known at all, 1: as wrong
+    as leaving the expert out.
+
+    Cost: ``n E`` expert evaluations (``6 n E D I`` operations) and ``n E k D`` for the differences.
+    """
+    error_EE, energy_E, seen_E = _redirect_errors(experts, sample.hidden_nD, sample.index_nk, sample.weight_nk)
+    unseen = (~seen_E).nonzero().flatten()
+    for x_nD, index_n1 in _stand_ins(sample, unseen):
+        ones_n1 = torch.ones_like(index_n1, dtype=torch.float32)
+        more_EE, more_E, now_seen_E = _redirect_errors(experts, x_nD, index_n1, ones_n1)
+        error_EE, energy_E, seen_E = error_EE + more_EE, energy_E + more_E, seen_E | now_seen_E
+    known_EE = (seen_E & (energy_E > 0)).unsqueeze(1)
+    undefined_EE = ((error_EE > 0) | ~seen_E.unsqueeze(1)).double()
+    cost_EE = torch.where(known_EE, error_EE / energy_E.unsqueeze(1), undefined_EE)
+    return cost_EE.fill_diagonal_(0.0)
+
+
+def _redirect_errors(
+    experts: Experts, x_nD: Tensor, index_nk: Tensor, weight_nk: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over routed slots of ``g_i^2 ||E_i - E_j||^2`` and ``g_i^2 ||E_i||^2``, and who got a slot at all."""
+    E, _, D = experts.gate_EID.shape
+    device = experts.gate_EID.device
+    error_EE = torch.zeros(E, E, dtype=torch.float64, device=device)
+    energy_E, seen_E = error_EE.new_zeros(E), torch.zeros(E, dtype=torch.bool, device=device)
+    for block in _blocks(x_nD.shape[0], floats_per_row=E * D):
+        # every expert runs on the same block, so that duplicates agree bit for bit
+        y_cED = _all_outputs(experts, x_nD[block].to(device))
+        index_ck = index_nk[block].to(device).long()
+        routed_ck, slot_ck = index_ck >= 0, index_ck.clamp_min(0)
+        square_ck = weight_nk[block].to(device).double().square() * routed_ck
+        own_ckD = y_cED.gather(1, slot_ck.unsqueeze(-1).expand(-1, -1, D))
+        error_ckE = _pairwise(own_ckD, y_cED).double().square() * square_ck.unsqueeze(-1)
+        energy_ck = torch.linalg.vector_norm(own_ckD, dim=-1).double().square() * square_ck
+        error_EE.index_add_(0, slot_ck.flatten(), error_ckE.flatten(0, 1))
+        energy_E.index_add_(0, slot_ck.flatten(), energy_ck.flatten())
+        seen_E[slot_ck[routed_ck]] = True
+    return error_EE, energy_E, seen_E
+
+
+def _all_outputs(experts: Experts, x_cD: Tensor) -> Tensor:
+    E = experts.gate_EID.shape[0]
+    precision = torch.promote_types(experts.gate_EID.dtype, torch.float32)
+    y_cED = torch.empty(x_cD.shape[0], E, x_cD.shape[1], dtype=precision, device=x_cD.device)
+    for expert in range(E):
+        y_cED[:, expert] = expert_output(experts, expert, x_cD)
+    return y_cED
+
+
+def _stand_ins(sample: TokenSample, unseen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """``(x_mD, index_m1)`` for each expert without tokens: the inputs whose logit for it is highest."""
+    for expert in unseen.tolist():
+        logit_n = sample.logits_nE[:, expert].float()
+        logit_n = torch.where(torch.isnan(logit_n), -torch.inf, logit_n)
+        order_n = logit_n.argsort(descending=True, stable=True)[:STAND_INS]
+        order_n = order_n[logit_n[order_n] > -torch.inf]
+        if order_n.numel():
+            yield sample.hidden_nD[order_n], torch.full((order_n.numel(), 1), expert)
+
+
+def _relative_distance(matrix_Eab: Tensor, bias_Ea: Tensor | None) -> Tensor:
+    parts = [matrix_Eab] if bias_Ea is None else [matrix_Eab, bias_Ea.unsqueeze(-1)]
+    dot_EE = torch.stack([_gram(part) for part in parts]).sum(dim=0)
+    square_E = dot_EE.diagonal()
+    norm_EE = square_E.sqrt().unsqueeze(0) + square_E.sqrt().unsqueeze(1)
+    square_EE = (square_E.unsqueeze(0) + square_E.unsqueeze(1) - 2 * dot_EE).clamp_min(0)
+    for i, j in (square_EE <= CLOSE * norm_EE.square()).triu(1).nonzero().tolist():
+        square_EE[i, j] = square_EE[j, i] = _squared_difference(parts, i, j)
+    return (2 * square_EE.sqrt() / (norm_EE + 2e-12)).fill_diagonal_(0.0)
+
+
+def _gram(matrix_Eab: Tensor) -> Tensor:
+    """``<W_i, W_j>`` for all pairs: float32 within a block of rows, float64 between blocks."""
+    E, _, b = matrix_Eab.shape
+    precision = torch.promote_types(matrix_Eab.dtype, torch.float32)
+    dot_EE = torch.zeros(E, E, dtype=torch.float64, device=matrix_Eab.device)
+    for block in _blocks(matrix_Eab.shape[1], floats_per_row=8 * E * b):
+        flat_EP = matrix_Eab[:, block].reshape(E, -1).to(precision)
+        dot_EE += flat_EP @ flat_EP.T
+    return dot_EE
+
+
+def _squared_difference(parts: Sequence[Tensor], i: int, j: int) -> Tensor:
+    differences = [(part[i].double() - part[j].double()).square().sum() for part in parts]
+    return torch.stack(differences).sum()
+
+
+def _pairwise(a_iD: Tensor, b_jD: Tensor) -> Tensor:
+    # by subtraction, not by dot products: those cancel exactly where experts are alike
+    return torch.cdist(a_iD, b_jD, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _blocks(length: int, floats_per_row: int) -> Iterator[slice]:
+    step = max(1, BLOCK_BYTES // (4 * floats_per_row))
+    return (slice(start, start + step) for start in range(0, length, step))
