@@ -1,0 +1,120 @@
+"""ConMoE: expert-pool consolidation by prototype reassignment (arXiv 2605.29350)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from conmoe.ops import coverage, plans
+from conmoe.ops.fusion import average_own
+from conmoe.ops.scores import layer_sizes, minmax, score, share_within, top
+from conmoe.ops.similarity import functional_distance, mean_output_distance, weight_distance
+from conmoe.registry import method
+from conmoe.types import Experts, LayerPlan, LayerStatistics, TokenSample, UsageError
+
+Signal = Literal["both", "contribution", "replaceability"]
+
+DISTANCES: dict[str, Callable[[TokenSample, Experts], Tensor]] = {
+    "functional": functional_distance,
+    "weight": weight_distance,
+    "mean_output": mean_output_distance,
+}
+#: (mean, alpha, beta) of the score family; "mean" is the REAP score.
+CONTRIBUTIONS = {"mean": (True, 1, 1), "sum": (False, 1, 1), "man": (True, 0, 1), "frequency": (False, 0, 0)}
+#: What an unused expert weighs, against an average one, when experts are to be covered: it gets a prototype of its own
+#: only where nothing that is used gains from it.
+UNUSED = 1e-6
+
+
+@method(
+    "conmoe",
+    paper="https://arxiv.org/abs/2605.29350",
+    needs=("count", "norm", "gate_norm", "gate_norm_squared", "sample", "weights"),
+    promises_lossless_duplicates=True,
+)
+def conmoe(
+    statistics: LayerStatistics,
+    experts: Experts,
+    keep: int,
+    *,
+    distance: Annotated[Literal["functional", "weight", "mean_output"], "what makes experts alike"] = "functional",
+    selection: Annotated[Literal["coverage", "product"], "how prototypes are chosen"] = "coverage",
+    contribution: Annotated[Literal["mean", "sum", "man", "frequency"], "what makes an expert important"] = "mean",
+    signal: Annotated[Signal, "ablation: choose by one signal only"] = "both",
+    redirect: Annotated[Literal["nearest", "random", "drop"], "ablation: what becomes of the others"] = "nearest",
+    fusion: Annotated[Literal["none", "frequency", "contribution"], "ablation: average the members"] = "none",
+    min_own: Annotated[int, "prototypes each layer of a scope keeps of its own; -1: as many as its router picks"] = -1,
+    seed: Annotated[int, "seed of the random map"] = 0,
+) -> LayerPlan:
+    """Keep some experts unchanged as prototypes; each other expert is answered for by its nearest prototype.
+
+    Contribution ``c_i`` says how much an expert adds to the output (normalised within each layer of a scope),
+    ``cost_ij`` what it costs to let ``j`` answer for ``i``. "coverage" minimises ``sum of c_i * min over prototypes p
+    of cost_ip``, by greedy addition and swaps: our reconstruction, for the paper's formulas are not published where
+    we could read them. "product" is the rule of an independent implementation: the highest ``minmax(c_i) *
+    minmax(min over j of cost_ij)``; it can lose both of two duplicates. Gates and router stay as they are.
+    """
+    if redirect == "drop" and fusion != "none":
+        raise UsageError("Dropped experts are averaged into nothing; choose either fusion or redirect=drop.")
+    owner_E = statistics.owner_E
+    if keep == owner_E.numel():
+        return plans.identity(keep)
+    cost_EE = DISTANCES[distance](statistics.sample, experts).cpu()
+    contribution_E = share_within(score(statistics.sums, *CONTRIBUTIONS[contribution]), owner_E)
+    replaceability_E = _nearest_other(cost_EE)
+    own = _own_by_default(statistics, keep) if min_own < 0 else min_own
+    if selection == "coverage" and signal != "contribution":
+        demand_E = contribution_E if signal == "both" else torch.ones_like(contribution_E)
+        kept_K = coverage.cover(cost_EE, demand_E.clamp_min(UNUSED * float(demand_E.mean())), keep, owner_E, own)
+    else:
+        kept_K = top(_product(contribution_E, replaceability_E, signal), keep, owner_E, own)
+
+    weight_E = {"none": None, "frequency": statistics.sums["count"], "contribution": contribution_E}[fusion]
+    if redirect == "drop":
+        plan = plans.prune(kept_K, owner_E.numel())
+    else:
+        nearest_E = coverage.nearest(cost_EE, kept_K)
+        assignment_E = nearest_E if redirect == "nearest" else _random_map(kept_K, owner_E, seed)
+        plan = _redirected(kept_K, assignment_E, weight_E, owner_E)
+        if distance == "functional" and weight_E is None:
+            plan = replace(plan, predicted_error=_error(cost_EE, kept_K[assignment_E], statistics))
+    return replace(plan, scores={"contribution": contribution_E, "replaceability": replaceability_E})
+
+
+def _nearest_other(cost_EE: Tensor) -> Tensor:
+    """How badly the best stand-in of each expert does: large where it is hard to replace."""
+    return cost_EE.clone().fill_diagonal_(torch.inf).amin(dim=1)
+
+
+def _product(contribution_E: Tensor, replaceability_E: Tensor, signal: Signal) -> Tensor:
+    factors = {"contribution": minmax(contribution_E), "replaceability": minmax(replaceability_E)}
+    return factors["contribution"] * factors["replaceability"] if signal == "both" else factors[signal]
+
+
+def _own_by_default(statistics: LayerStatistics, keep: int) -> int:
+    """As many prototypes of its own for each layer as its router picks, where there are so many."""
+    size_W = layer_sizes(statistics.owner_E)
+    return min(statistics.sample.index_nk.shape[1], keep // size_W.numel(), int(size_W.min()))
+
+
+def _random_map(kept_K: Tensor, owner_E: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    assignment_E = torch.randint(kept_K.numel(), owner_E.shape, generator=generator)
+    assignment_E[kept_K] = torch.arange(kept_K.numel())
+    return assignment_E
+
+
+def _redirected(kept_K: Tensor, assignment_E: Tensor, weight_E: Tensor | None, owner_E: Tensor) -> LayerPlan:
+    if weight_E is None:
+        return plans.remap(kept_K, assignment_E)
+    return plans.compose(assignment_E, average_own(kept_K, assignment_E, weight_E, owner_E))
+
+
+def _error(cost_EE: Tensor, source_E: Tensor, statistics: LayerStatistics) -> float:
+    """The layer's relative squared output error, as if the errors of different experts were uncorrelated."""
+    share_E = share_within(statistics.sums["gate_norm_squared"], torch.zeros_like(statistics.owner_E))
+    return float((share_E * cost_EE[torch.arange(source_E.numel()), source_E]).sum())
