@@ -1,6 +1,6 @@
 """Tiny real models of every family, with random weights that route and answer differently for every token.
 
-``TINY[family](**overrides)`` gives a config, :func:`tiny_model` a model, :func:`save_tiny` a checkpoint with a tokenizer.
+``TINY[family](**overrides)`` gives a config, :func:`tiny_model` a model, :func:`save_tiny` a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ def _stock(config_class: str, **family: Any) -> Callable[..., PretrainedConfig]:
 
 
 def _deepseek(**overrides: Any) -> PretrainedConfig:
+    from conmoe.runtime import register_family
     from conmoe.runtime.modeling_deepseek import DeepseekConfig
 
+    register_family("deepseek")
     family = {"n_routed_experts": EXPERTS, "n_shared_experts": 2, "num_key_value_heads": 4}
     return DeepseekConfig(**{**_COMMON, **_DENSE_FIRST, **_FINE, **family, **overrides})
 

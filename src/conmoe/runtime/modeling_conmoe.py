@@ -1,0 +1,214 @@
+"""Consolidated Mixture-of-Experts models: stock Transformers classes whose router names more experts than are stored.
+
+``ConmoeOlmoeForCausalLM`` is ``transformers.OlmoeForCausalLM`` with two differences, and so for every other family:
+
+* the routed experts of a layer hold its pool of K prototypes, where the family's own expert count in the config is K;
+* the router still scores ``num_logical_experts`` = E experts, then replaces each chosen index by ``expert_map[index]``
+  and multiplies its gate by ``expert_gain[index]``. The map lives in the router because engines such as vLLM replace
+  a plain router by their own, and leave one with tensors of its own alone.
+
+``expert_pools`` in the config says where layers share a pool or pools differ in size: it maps a decoder layer to
+``[owner, size]``, the layer whose tensors hold the pool and the number of prototypes in it.
+
+This file is copied next to the weights, so it needs nothing but torch and transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+PREFIX = "Conmoe"
+COUNT_FIELDS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+
+
+def __getattr__(name: str) -> Any:
+    """``ConmoeX`` is the consolidated form of ``transformers.X``: no table of families to keep."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return consolidated(stock, __name__)
+
+
+@cache
+def consolidated(stock: Any, module: str) -> Any:
+    """The consolidated form of a stock config or model class; ``module`` is the file that gets saved with it."""
+    return _config_class(stock, module) if issubclass(stock, PretrainedConfig) else _model_class(stock, module)
+
+
+def count_field(config: PretrainedConfig) -> str:
+    """The field in which a family stores its number of experts; the others, where present, are aliases of it."""
+    for name in COUNT_FIELDS:
+        if name not in type(config).attribute_map and hasattr(config, name):
+            return name
+    raise ValueError(f"The {config.model_type} config has none of the expert counts {', '.join(COUNT_FIELDS)}.")
+
+
+class ConsolidatedModel(PreTrainedModel):
+    """What turns a stock model, named second among the bases, into its consolidated form."""
+
+    _pool_ties: Mapping[str, str] = MappingProxyType({})  # parameter that shares a pool -> parameter that owns it
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        field = count_field(config)
+        prototypes = getattr(config, field)
+        logical = getattr(config, "num_logical_experts", None) or prototypes
+        # Built with E experts, everything but the experts themselves comes out right: routers, their biases wherever
+        # the family keeps them, and the count in the load balancing loss.
+        setattr(config, field, logical)
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            setattr(config, field, prototypes)
+        self._consolidate(logical, prototypes)
+        self.post_init()
+
+    def _consolidate(self, logical: int, prototypes: int) -> None:
+        pools = getattr(self.config, "expert_pools", None) or {}
+        ties: dict[str, str] = {}
+        for name, experts, router in list(routed_experts(self)):
+            layer = _decoder_layer(name)
+            owner, size = pools.get(str(layer), (layer, prototypes))
+            _resize(experts, logical, size)
+            _remap(router, logical, size)
+            if owner != layer:
+                source = name.replace(f"layers.{layer}.", f"layers.{owner}.")
+                ties |= {f"{name}.{tensor}": f"{source}.{tensor}" for tensor, _ in experts.named_parameters()}
+        exact = {f"{re.escape(sharer)}$": f"{re.escape(owner)}$" for sharer, owner in ties.items()}
+        self._pool_ties = ties
+        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **exact}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # The stock method ties nothing unless the word embeddings are tied; pools are shared either way.
+        return {**super().get_expanded_tied_weights_keys(all_submodels), **self._pool_ties}
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The stock method looks for the experts in the source of the file that defines the model.
+        return True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        check_maps(model, info["missing_keys"])
+        return loaded if output_loading_info else model
+
+
+def routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Name and module of each layer's routed experts, and their router."""
+    for name, experts in model.named_modules():
+        if not hasattr(experts, "_is_expert_parallel"):
+            continue
+        block = model.get_submodule(name.rpartition(".")[0])
+        router = getattr(block, "gate", None) or getattr(block, "router", None)
+        if not isinstance(router, nn.Module):
+            raise ValueError(f"The block around {name} has neither a gate nor a router, so it cannot be consolidated.")
+        yield name, experts, router
+
+
+def check_maps(model: nn.Module, missing: set[str]) -> None:
+    """Refuse a checkpoint whose routers would point to experts that are not there."""
+    absent = sorted(key for key in missing if key.endswith((".expert_map", ".expert_gain")))
+    if absent:
+        raise ValueError(f"The checkpoint is not a complete consolidated one: it lacks {', '.join(absent)}.")
+    for name, experts, router in routed_experts(model):
+        map_E, size = router.get_buffer("expert_map"), len(next(experts.parameters()))
+        if map_E.is_meta:
+            continue
+        lowest, highest = int(map_E.min()), int(map_E.max())
+        if lowest < 0 or highest >= size:
+            raise ValueError(
+                f"The expert_map of the router of {name} names experts {lowest} to {highest}, "
+                f"but the checkpoint stores experts 0 to {size - 1} there."
+            )
+
+
+def _decoder_layer(name: str) -> int:
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    if found is None:
+        raise ValueError(f"The experts {name} do not belong to a numbered decoder layer.")
+    return int(found.group(1))
+
+
+def _resize(experts: nn.Module, logical: int, size: int) -> None:
+    for name, tensor in list(experts.named_parameters()):
+        if tensor.shape[0] != logical:
+            raise ValueError(f"The expert tensor {name} has {tensor.shape[0]} rows, not one per expert ({logical}).")
+        rows = torch.arange(size, device=tensor.device) % logical
+        holder, _, leaf = name.rpartition(".")
+        resized = nn.Parameter(tensor.detach()[rows], requires_grad=tensor.requires_grad)
+        setattr(experts.get_submodule(holder), leaf, resized)
+    experts.num_experts = size  # type: ignore[assignment]
+
+
+def _remap(router: nn.Module, logical: int, size: int) -> None:
+    router.register_buffer("expert_map", torch.arange(logical) % size)
+    router.register_buffer("expert_gain", torch.ones(logical, dtype=torch.float32))
+    stock: Any = type(router)
+    router.__class__ = _remapping(stock)
+
+
+@cache
+def _remapping(stock: Any) -> Any:
+    # Still an instance of the stock router, which initialisation and the recording of router logits look for.
+    return type(f"{PREFIX}{stock.__name__}", (RemappingRouter, stock), {"__module__": __name__})
+
+
+class RemappingRouter(nn.Module):
+    """Answers with the prototypes of the logical experts that the stock router, named second, has chosen."""
+
+    expert_map: Tensor
+    expert_gain: Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        *logits, weight_Tk, index_Tk = super().forward(*args, **kwargs)
+        gain_Tk = self.expert_gain[index_Tk].to(weight_Tk.dtype)
+        return (*logits, weight_Tk * gain_Tk, self.expert_map[index_Tk])
+
+
+def _config_class(stock: Any, module: str) -> Any:
+    fields = {"num_logical_experts": "int | None", "expert_pools": "dict | None"}
+    body: dict[str, Any] = {
+        "__module__": module,
+        "__doc__": f"{stock.__name__} of a consolidated model.",
+        "__annotations__": fields,
+        **dict.fromkeys(fields),
+        "model_type": f"conmoe_{stock.model_type}",
+        "_auto_class": "AutoConfig",
+    }
+    return type(f"{PREFIX}{stock.__name__}", (stock,), body)
+
+
+def _model_class(stock: Any, module: str) -> Any:
+    config = consolidated(stock.config_class, module)
+    body: dict[str, Any] = {
+        "__module__": module,
+        "__doc__": f"{stock.__name__} with fewer stored experts than its routers name.",
+        "config_class": config,
+        "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), "expert_gain"},
+        "_auto_class": "AutoModelForCausalLM" if stock.__name__.endswith("ForCausalLM") else "AutoModel",
+    }
+    model = type(f"{PREFIX}{stock.__name__}", (ConsolidatedModel, stock), body)
+    # The names on disk stay those of the family; without this they would be skipped for a class outside Transformers.
+    _inherit_conversion(stock.__name__, model.__name__)
+    _inherit_conversion(stock.config_class.model_type, config.model_type)
+    return model
+
+
+def _inherit_conversion(stock: str, name: str) -> None:
+    mapping = get_checkpoint_conversion_mapping(stock)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
