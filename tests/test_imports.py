@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"registry", "artifacts", "shards", "runtime"}),
     frozenset({"ops"}),
     frozenset({"statistics", "methods"}),
-    frozenset({"allocate", "plan", "mixing"}),
+    frozenset({"allocate"}),
     frozenset({"families", "moe", "forms", "observe", "stream", "checkpoint", "parallel"}),
     frozenset({"builtin_text", "documents", "encode", "data"}),
     frozenset({"<verbs>"}),
