@@ -14,7 +14,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ HELD_OUT = 64  # sequences
 Config = transformers.PreTrainedConfig
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(arguments: Sequence[str]) -> None:
+    options = parse_arguments(arguments)
     torch.manual_seed(options.seed)
     specs = [parse_spec(text) for text in options.data]
     print("Training the tokenizer.", flush=True)
@@ -49,15 +49,15 @@ def main() -> None:
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{options.family}: {parameters:,} parameters; {train_NS.numel():,} tokens of text.", flush=True)
-    started = time.time()
-    train(model, train_NS, options)
-    lines = report(model.to(torch.bfloat16), held_NS)
+    watch, started = RouterWatch(model), time.time()
+    train(model, watch, train_NS, options)
+    lines = report(model.to(torch.bfloat16), watch, held_NS)
     lines.append(f"Parameters: {parameters:,}. Training time: {(time.time() - started) / 60:.0f} minutes.")
     print("\n".join(lines))
     save(model, tokenizer, data, lines, options)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the finished checkpoint")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="olmoe")
@@ -77,7 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--balance", type=float, default=0.005, help="coefficient of the load-balancing loss")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.command = shlex.join("OUT" if text == str(options.out) else text for text in arguments)
+    return options
 
 
 def train_tokenizer(specs: list[Any], vocab: int) -> PreTrainedTokenizerFast:
@@ -203,14 +205,14 @@ def balance_loss(layers: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack([len(share_E) * (probability_E @ share_E) for probability_E, share_E in layers]).mean()
 
 
-def train(model: nn.Module, train_NS: Tensor, options: argparse.Namespace) -> None:
+def train(model: nn.Module, watch: RouterWatch, train_NS: Tensor, options: argparse.Namespace) -> None:
     steps = max(1, options.tokens // (options.batch * options.seq_len))
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    watch, batches = RouterWatch(model), shuffled(train_NS, options.batch, options.seed)
+    batches = shuffled(train_NS, options.batch, options.seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     model.train()
     with Progress(*columns, TextColumn("{task.fields[rate]:,.0f} tokens/s")) as progress:
@@ -227,7 +229,7 @@ def train(model: nn.Module, train_NS: Tensor, options: argparse.Namespace) -> No
             schedule.step()
             progress.update(task, advance=1, rate=step * ids_BS.numel() / (time.time() - started))
             if step % 100 == 0:
-                progress.console.print(f"step {step}/{steps}  loss {float(loss):.3f}  balance {float(balance):.2f}")
+                progress.console.print(f"step {step}/{steps}  loss {loss.item():.3f}  balance {balance.item():.2f}")
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -245,10 +247,9 @@ def shuffled(train_NS: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def report(model: nn.Module, held_NS: Tensor) -> list[str]:
+def report(model: nn.Module, watch: RouterWatch, held_NS: Tensor) -> list[str]:
     """Held-out perplexity, and how unevenly each layer uses its experts."""
     model.eval()
-    watch = RouterWatch(model)
     losses, shares = [], []
     for ids_BS in torch.split(held_NS, 8):
         losses.append(float(model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss) * len(ids_BS))
@@ -266,14 +267,13 @@ def report(model: nn.Module, held_NS: Tensor) -> list[str]:
 def save(model: Any, tokenizer: Any, data: TokenData, lines: list[str], options: argparse.Namespace) -> None:
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    arguments = shlex.join(["OUT", *(text for text in sys.argv[1:] if text != str(options.out))])
     sources = "; ".join(source.source for source in data.sources)
     text = [
         f"# A small {options.family} model",
         "",
         "Trained from scratch to show what consolidating experts does; of no use for anything else.",
         "",
-        f"    python examples/train_tiny_moe.py {arguments}",
+        f"    python examples/train_tiny_moe.py {options.command}",
         "",
         f"Text: {sources}; {data.tokens:,} tokens, {options.tokens / data.tokens:.1f} times over.",
         f"{options.layers} layers, {options.experts} experts of width {options.width}, top-{options.top_k}, "
@@ -286,4 +286,4 @@ def save(model: Any, tokenizer: Any, data: TokenData, lines: list[str], options:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -27,12 +27,14 @@ _BUILTIN_CHARACTERS = 40_000
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "lib-dynload", "pydoc_data"}
 _SKIPPED_FOLDERS |= {"idlelib", "lib2to3", "encodings", "turtledemo", "ensurepip", "_vendor", "msilib"}
 _SKIPPED_MODULES = {"html.entities", "stringprep", "this", "antigravity", "__phello__"}
+_TOPIC = "topic:"
 
 
 def builtin_documents(part: Part) -> Iterator[str]:
     """Text that every machine running Python has: the language's help pages and the standard library's sources.
 
-    A stable hash of its name puts each document into one of two parts that never overlap, a tenth into "evaluation".
+    A stable hash of its name puts each module into one of two parts that never overlap, a tenth into "evaluation". The
+    help pages repeat each other, so that all of them are in "calibration".
     """
     found = False
     for name, load in _builtin_names():
@@ -44,12 +46,13 @@ def builtin_documents(part: Part) -> Iterator[str]:
 
 
 def _part_of(name: str) -> Part:
-    return "evaluation" if hashlib.sha256(name.encode()).digest()[0] < 26 else "calibration"
+    held_out = not name.startswith(_TOPIC) and hashlib.sha256(name.encode()).digest()[0] < 26
+    return "evaluation" if held_out else "calibration"
 
 
 def _builtin_names() -> Iterator[tuple[str, Callable[[], str]]]:
     for topic, text in sorted(_help_topics().items()):
-        yield f"topic:{topic}", partial(str, text)
+        yield _TOPIC + topic, partial(str, text)
     root = Path(sysconfig.get_path("stdlib"))
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)

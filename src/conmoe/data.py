@@ -17,13 +17,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from conmoe.builtin_text import BUILTIN_NAME, Part, builtin_documents
+from conmoe.builtin_text import BUILTIN_NAME, BUILTIN_NOTICE, Part, builtin_documents
 from conmoe.documents import HUB_PREFIX, Piece, check_source, cut, first_line, read_pieces
 from conmoe.encode import encode
 from conmoe.types import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "BUILTIN_NAME",
+    "BUILTIN_NOTICE",
+    "DataSpec",
+    "SourceCount",
+    "TokenData",
+    "builtin_documents",
+    "check_tokenizer",
+    "fingerprint",
+    "load_tokenizer",
+    "load_tokens",
+    "overlap",
+    "parse_spec",
+]
 
 # Text is held in memory for the tokens wanted, not for the whole source: a first guess, enlarged when it falls short.
 _CHARACTERS_PER_TOKEN = 8
@@ -145,7 +160,7 @@ def load_tokens(
         rows += [ids[start : start + seq_len] for start in range(0, count * seq_len, seq_len)]
         sources.append(SourceCount(draw.name, spec.weight, count, len(digests)))
         documents.update(digests)
-    if shuffle:
+    if shuffle and len(specs) > 1:  # so that a prefix of the sequences is the same mix
         random.Random(f"{seed}:order").shuffle(rows)
     ids_NS = torch.tensor(rows, dtype=torch.int64)
     _check_ids(ids_NS, vocab_size)
