@@ -1,5 +1,64 @@
-"""Smaller Mixture-of-Experts checkpoints after training."""
+"""conmoe: Mixture-of-Experts checkpoints, smaller after training.
+
+The functions here are the verbs of the command line, one to one. Importing the package also teaches Transformers'
+Auto classes to load consolidated checkpoints.
+"""
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+from conmoe.apply import Applied, apply
+from conmoe.artifacts import read_manifest, read_plan, write_json
+from conmoe.calibrate import Calibration, calibrate, merge_statistics
+from conmoe.compress import Result, calibration_documents, check, compress
+from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, parse_spec
+from conmoe.demo import PROMPT as DEMO_PROMPT
+from conmoe.demo import Demo, demo
+from conmoe.evaluate import Fidelity, Measured, evaluate
+from conmoe.generate import generate
+from conmoe.inspect import Inspection, inspect
+from conmoe.locate import locate
+from conmoe.plan import Request, plan
+from conmoe.registry import methods, statistics
+from conmoe.runtime import register as _register
+from conmoe.types import ConmoeError, UsageError
+from conmoe.verify import verify
+
+_register()
+
+__all__ = [
+    "DEMO_PROMPT",
+    "Applied",
+    "Calibration",
+    "ConmoeError",
+    "DataSpec",
+    "Demo",
+    "Fidelity",
+    "Inspection",
+    "Measured",
+    "Request",
+    "Result",
+    "TokenData",
+    "UsageError",
+    "__version__",
+    "apply",
+    "calibrate",
+    "calibration_documents",
+    "check",
+    "compress",
+    "demo",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load_tokenizer",
+    "load_tokens",
+    "locate",
+    "merge_statistics",
+    "methods",
+    "parse_spec",
+    "plan",
+    "read_manifest",
+    "read_plan",
+    "statistics",
+    "verify",
+    "write_json",
+]

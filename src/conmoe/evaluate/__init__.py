@@ -1,0 +1,5 @@
+"""Measure a model: fidelity to its source."""
+
+from conmoe.evaluate.fidelity import Fidelity, Measured, evaluate
+
+__all__ = ["Fidelity", "Measured", "evaluate"]

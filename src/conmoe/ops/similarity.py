@@ -1,7 +1,8 @@
 """How far apart experts are: three distances behind one interface, ``(sample, experts) -> cost_EE`` in float64.
 
-``cost_ij`` is the cost of letting ``j`` answer for ``i``; the diagonal is zero, exact duplicates are at distance zero,
-and nothing is ever NaN. All stream: no tensor of ``E * n * D`` is held, nor a second copy of the weights.
+``cost_ij`` is the cost of letting ``j`` answer for ``i``; the diagonal is zero, exact duplicates are at distance zero
+(functional: up to float32 rounding), and nothing is ever NaN. All stream: no tensor of ``E * n * D`` is held, nor a
+second copy of the weights.
 """
 
 from __future__ import annotations
@@ -92,13 +93,26 @@ def _redirect_errors(
         index_ck = index_nk[block].to(device).long()
         routed_ck, slot_ck = index_ck >= 0, index_ck.clamp_min(0)
         square_ck = weight_nk[block].to(device).double().square() * routed_ck
-        own_ckD = y_cED.gather(1, slot_ck.unsqueeze(-1).expand(-1, -1, D))
-        error_ckE = _pairwise(own_ckD, y_cED).double().square() * square_ck.unsqueeze(-1)
-        energy_ck = torch.linalg.vector_norm(own_ckD, dim=-1).double().square() * square_ck
-        error_EE.index_add_(0, slot_ck.flatten(), error_ckE.flatten(0, 1))
-        energy_E.index_add_(0, slot_ck.flatten(), energy_ck.flatten())
+        error_ckE, energy_ck = _slot_errors(y_cED, slot_ck)
+        error_EE.index_add_(0, slot_ck.flatten(), (error_ckE * square_ck.unsqueeze(-1)).flatten(0, 1))
+        energy_E.index_add_(0, slot_ck.flatten(), (energy_ck * square_ck).flatten())
         seen_E[slot_ck[routed_ck]] = True
     return error_EE, energy_E, seen_E
+
+
+def _slot_errors(y_cED: Tensor, slot_ck: Tensor) -> tuple[Tensor, Tensor]:
+    """``||a - b||^2`` and ``||a||^2`` for the output ``a`` of each slot and the output ``b`` of each expert.
+
+    As ``||b||^2 - ||a||^2 + 2 (<a, a> - <a, b>)``, where most of the rounding cancels when ``a`` and ``b`` are equal;
+    subtracting vectors would move ``k`` times as much memory.
+    """
+    own_ckD = y_cED[torch.arange(slot_ck.shape[0], device=slot_ck.device).unsqueeze(1), slot_ck]
+    dot_ckE = (own_ckD @ y_cED.mT).double()
+    square_cE = torch.linalg.vector_norm(y_cED, dim=-1).double().square()
+    own_ck1 = slot_ck.unsqueeze(-1)
+    energy_ck1 = square_cE.unsqueeze(1).expand_as(dot_ckE).gather(2, own_ck1)
+    error_ckE = square_cE.unsqueeze(1) - energy_ck1 + 2 * (dot_ckE.gather(2, own_ck1) - dot_ckE)
+    return error_ckE.clamp_min(0), energy_ck1.squeeze(-1)
 
 
 def _all_outputs(experts: Experts, x_cD: Tensor) -> Tensor:

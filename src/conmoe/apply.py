@@ -1,0 +1,320 @@
+"""A plan and a checkpoint in, a smaller checkpoint out: tensor by tensor, in the memory of one scope at most.
+
+A prototype that is a kept expert is copied as bytes. Only mixtures and new weights are computed, in float32, and cast
+once. The names on disk, and their order, stay those of the source family.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conmoe import runtime
+from conmoe.artifacts import building, checkpoint_fingerprint, fingerprint, plan_record, read_plan, write_plan
+from conmoe.checkpoint import disk_name, is_stack, read_parameter, renumbered
+from conmoe.forms import Stored, check_form, stored_experts
+from conmoe.moe import MoeLayer, canonical, count_field, family_layout, logical_rows
+from conmoe.ops.experts import concatenate, mix, tensors
+from conmoe.registry import Form
+from conmoe.report.card import model_card
+from conmoe.shards import DTYPES, Entry, Output, raw_chunks, read_tensor, tensor_output, write_shards
+from conmoe.stream import Source, open_source
+from conmoe.types import ConmoeError, Experts, Plan, ScopePlan, UsageError
+
+PLAN_FOLDER = "conmoe"
+SHARD_BYTES = 4 * 2**30
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".tmp")
+_OWN_FILES = ("config.json", "README.md", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What was written."""
+
+    folder: Path
+    form: Form
+    bytes: int
+    source_bytes: int
+    dropped: tuple[str, ...]  # tensors of the source that the result leaves out on purpose, beside experts
+
+
+def apply(
+    model: Path,
+    plan: Plan | Path,
+    out: Path,
+    *,
+    form: Form | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Applied:
+    """Write the checkpoint that ``plan`` describes.
+
+    Args:
+        model: the source checkpoint; never written to.
+        plan: a plan, or the folder that holds one.
+        out: the folder to write, built as ``OUT.partial``; a killed run goes on at the first unfinished shard.
+        form: ``shared``, ``sliced`` or ``expanded``; by default what suits the plan's method.
+        force: replace ``out`` if it exists.
+        trust_remote_code: run modelling code that comes with the source.
+        advance: called with the bytes written since the last call, and the bytes to write in all.
+
+    Raises:
+        UsageError: the plan belongs to another checkpoint, or the form cannot hold it.
+    """
+    plan = read_plan(plan) if isinstance(plan, Path) else plan
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    form = form or plan.default_form  # type: ignore[assignment]
+    assert form is not None
+    check_plan(source, plan)
+    check_form(source.layers, plan, form)
+    outputs, dropped = _outputs(source, plan, form)
+    total = sum(output.nbytes for output in outputs)
+    key = fingerprint([plan_record(plan).model_dump(), form])
+    with building(out, force=force, key=key) as partial_folder:
+        check_space(partial_folder, total)
+        write_shards(outputs, partial_folder, SHARD_BYTES, lambda nbytes: advance(nbytes, total))
+        _write_rest(source, plan, form, partial_folder, bool(dropped))
+    size = sum(entry.nbytes for entry in source.entries.values())
+    return Applied(out, form, total, size, dropped)
+
+
+def check_plan(source: Source, plan: Plan) -> None:
+    """Raise unless ``plan`` was made for this very checkpoint and covers its MoE layers."""
+    name = checkpoint_fingerprint(source.folder, (entry.file for entry in source.entries.values()))
+    if plan.source != name:
+        raise UsageError(f"The plan was made for another checkpoint than {source.folder}; plan again for this one.")
+    by_index = {layer.index: layer for layer in source.layers}
+    for scope in plan.scopes:
+        for index in scope.layers:
+            if index not in by_index:
+                raise UsageError(f"The plan names layer {index}, which has no experts in {source.folder}.")
+        if scope.plan.assignment_E.numel() != sum(by_index[index].logical for index in scope.layers):
+            raise UsageError(f"The plan for layer {scope.layers[0]} has another number of experts than the checkpoint.")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise if the disk cannot hold ``needed`` bytes more (what a killed run already wrote there is counted)."""
+    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if free < needed - there:
+        raise ConmoeError(
+            f"The disk of {folder.parent} has {free / 1e9:.1f} GB free, the result needs {(needed - there) / 1e9:.1f} GB more."
+        )
+
+
+def _outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tuple[str, ...]]:
+    """Every tensor of the result, in the source's order, and the names of those left out on purpose."""
+    layers = {layer.index: layer for layer in source.layers}
+    scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
+    outputs: list[Output] = []
+    done: set[str] = set()
+    sliced_rows: dict[str, tuple[int, Tensor]] = {}
+    for index, layer in layers.items():
+        stored = stored_experts(layer, scope_of.get(index), form)
+        if stored.rows is not None:
+            sliced_rows |= {name: (axis, stored.rows) for name, axis in logical_rows(source.model, layer).items()}
+    experts = {f"{layer.experts}.": layer for layer in layers.values()}
+    for target, sources in source.layout.sources.items():
+        owner = next((layer for prefix, layer in experts.items() if target.startswith(prefix)), None)
+        if owner is not None:
+            outputs += _expert_outputs(source, owner, target, scope_of.get(owner.index), form)
+        elif target in sliced_rows:
+            outputs.append(_rows(sources[0].entry, *sliced_rows[target]))
+        else:
+            outputs += [_copy(piece.entry) for piece in sources]
+        done.add(target)
+    if form == "shared":
+        for scope in plan.scopes:
+            outputs += _maps(source, layers, scope)
+    if form == "expanded":
+        return outputs + [_copy(entry) for entry in source.layout.ignored], ()
+    return outputs, tuple(entry.name for entry in source.layout.ignored)
+
+
+def _expert_outputs(
+    source: Source, layer: MoeLayer, target: str, scope: ScopePlan | None, form: Form
+) -> Iterator[Output]:
+    """The stored experts' share of one expert parameter: a tensor for each, or one for all, as the source has it."""
+    sources = source.layout.sources[target]
+    if scope is None:
+        yield from (_copy(piece.entry) for piece in sources)
+        return
+    stored = stored_experts(layer, scope, form)
+    if not stored.owner:
+        return
+    name = target.removeprefix(f"{layer.experts}.")
+    neighbours = {other.index: f"{other.experts}.{name}" for other in source.layers}
+    targets = [neighbours[index] for index in scope.layers]
+    converter = source.layout.converters.get(target)
+    if converter is None:
+        yield _fused(source, sources[0].entry, targets, name, stored, scope)
+    elif is_stack(converter):
+        for part, pattern in enumerate(converter.source_patterns):
+            tables = [_by_expert(source, other, pattern) for other in targets]
+            like = _by_expert(source, target, pattern)[0]
+            for slot in range(len(stored.prototype_S)):
+                output_name = renumbered(like.name, slot)
+                origin = stored.origin(slot)
+                if origin is not None:
+                    entry = tables[origin // layer.logical][origin % layer.logical]
+                    yield Output(output_name, like.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
+                else:
+                    make = partial(_computed_part, source, scope, stored, slot, name, part, len(converter.source_patterns))
+                    yield tensor_output(output_name, like.dtype, like.shape, make)
+    else:
+        raise UsageError(f"{target} is stored in a layout that conmoe reads but does not write yet.")
+
+
+def _by_expert(source: Source, target: str, pattern: str) -> dict[int, Entry]:
+    pieces = source.layout.sources[target]
+    return {int(piece.expert or 0): piece.entry for piece in pieces if piece.pattern == pattern}
+
+
+def _fused(
+    source: Source, like: Entry, targets: list[str], name: str, stored: Stored, scope: ScopePlan
+) -> Output:
+    """One tensor that holds all stored experts, put together row by row."""
+    entries = [source.layout.sources[target][0].entry for target in targets]
+    E, slots = like.shape[0], len(stored.prototype_S)
+    row = like.nbytes // E
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for slot in range(slots):
+            origin = stored.origin(slot)
+            if origin is not None:
+                yield from raw_chunks(entries[origin // E], (origin % E) * row, row)
+            else:
+                value = _computed_part(source, scope, stored, slot, name, 0, 1)
+                yield memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    return Output(like.name, like.dtype, (slots, *like.shape[1:]), slots * row, chunks)
+
+
+def _computed_part(
+    source: Source, scope: ScopePlan, stored: Stored, slot: int, name: str, part: int, parts: int
+) -> Tensor:
+    value = _prototypes(_Scope(source, scope))[name][int(stored.prototype_S[slot])]
+    scale = float(stored.scale_S[slot])
+    if scale != 1.0 and name.startswith("down_proj"):
+        value = (value.float() * scale).to(value.dtype)
+    height = value.shape[0] // parts
+    return value[part * height : (part + 1) * height]
+
+
+class _Scope:
+    """A scope of a source as a cache key: the same objects, the same prototypes."""
+
+    def __init__(self, source: Source, scope: ScopePlan) -> None:
+        self.source, self.scope = source, scope
+
+    def __hash__(self) -> int:
+        return hash((id(self.source), id(self.scope)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Scope) and self.source is other.source and self.scope is other.scope
+
+
+@lru_cache(maxsize=1)
+def _prototypes(key: _Scope) -> dict[str, Tensor]:
+    """The prototypes of a scope in the family's layout, in the dtype on disk."""
+    source, scope = key.source, key.scope
+    layers = [layer for layer in source.layers if layer.index in scope.layers]
+    experts = concatenate([read_experts(source, layer) for layer in layers])
+    mixed = {name: mix(tensor, scope.plan.mixing_KE) for name, tensor in tensors(experts).items()}
+    mixed |= {name: value.to(mixed[name].dtype) for name, value in scope.plan.weights.items()}
+    return family_layout(source.model.get_submodule(layers[0].experts), mixed)
+
+
+def read_experts(source: Source, layer: MoeLayer) -> Experts:
+    """The experts of one layer, from disk, in their dtype on disk."""
+    module = source.model.get_submodule(layer.experts)
+    values = {}
+    for name, _ in module.named_parameters():
+        target = f"{layer.experts}.{name}"
+        dtype = DTYPES[source.layout.sources[target][0].entry.dtype]
+        values[name] = read_parameter(source.layout, source.model, target, dtype)
+    return canonical(module, values)
+
+
+def _rows(entry: Entry, axis: int, rows: Tensor) -> Output:
+    shape = (*entry.shape[:axis], len(rows), *entry.shape[axis + 1 :])
+    return tensor_output(entry.name, entry.dtype, shape, lambda: read_tensor(entry).index_select(axis, rows))
+
+
+def _maps(source: Source, layers: Mapping[int, MoeLayer], scope: ScopePlan) -> Iterator[Output]:
+    """The map and the gains of each layer of a scope, under its router."""
+    W = len(scope.layers)
+    for position, index in enumerate(scope.layers):
+        prefix = layers[index].router
+        maps = {
+            "expert_map": scope.plan.assignment_E.view(W, -1)[position].contiguous(),
+            "expert_gain": scope.plan.gain_E.view(W, -1)[position].float().contiguous(),
+        }
+        for name, value in maps.items():
+            kind = "I64" if value.dtype == torch.int64 else "F32"
+            disk = disk_name(source.model, f"{prefix}.{name}", value)
+            yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
+
+
+def _copy(entry: Entry) -> Output:
+    return Output(entry.name, entry.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
+
+
+def _write_rest(source: Source, plan: Plan, form: Form, out: Path, without_mtp: bool) -> None:
+    """Configuration, tokenizer, licence and everything else beside the weights, the plan, and the model card."""
+    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
+    if without_mtp and "num_nextn_predict_layers" in config:
+        config["num_nextn_predict_layers"] = 0
+    if form == "sliced":
+        _set_count(source, config, plan.scopes[0].plan.mixing_KE.shape[0])
+    if form == "shared":
+        config = runtime.shared_config(
+            config,
+            source.config.model_type,
+            type(source.model).__name__,
+            prototypes=max(scope.plan.mixing_KE.shape[0] for scope in plan.scopes),
+            logical=source.layers[0].logical,
+            pools=_pools(source, plan),
+        )
+        for file in runtime.packaged_files(source.config.model_type):
+            shutil.copy(file, out / file.name)
+    for file in sorted(source.folder.iterdir()):
+        code = form == "shared" and file.suffix == ".py"
+        if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and file.name not in _OWN_FILES and not code:
+            shutil.copy(file, out / file.name)
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (out / PLAN_FOLDER).mkdir(exist_ok=True)
+    write_plan(out / PLAN_FOLDER, plan)
+    (out / "README.md").write_text(model_card(source.folder, plan, form))
+
+
+def _set_count(source: Source, config: dict[str, Any], experts: int) -> None:
+    """Write the number of experts under every name by which the source's file states it."""
+    field = count_field(source.config)
+    aliases = {alias for alias, name in type(source.config).attribute_map.items() if name == field}
+    names = [name for name in (field, *sorted(aliases)) if name in config] or [field]
+    for name in names:
+        config[name] = experts
+
+
+def _pools(source: Source, plan: Plan) -> dict[int, tuple[int, int]] | None:
+    """Which layer owns the pool of each layer, and its size; None where each has its own and all are equal."""
+    sizes = {scope.plan.mixing_KE.shape[0] for scope in plan.scopes}
+    planned = {index for scope in plan.scopes for index in scope.layers}
+    whole = planned == {layer.index for layer in source.layers}
+    if whole and len(sizes) == 1 and all(len(scope.layers) == 1 for scope in plan.scopes):
+        return None
+    pools = {layer.index: (layer.index, layer.logical) for layer in source.layers}
+    for scope in plan.scopes:
+        for index in scope.layers:
+            pools[index] = (scope.layers[0], scope.plan.mixing_KE.shape[0])
+    return pools

@@ -1,0 +1,288 @@
+"""Statistics and plans on disk: safetensors beside readable JSON, written whole or not at all, never pickled.
+
+Every file names what it was made from. A fingerprint is a SHA-256: of a checkpoint's configuration, headers and
+samples of its data (reading 60 GB to name them would cost more than calibrating), of token ids, of a manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from conmoe.types import ConmoeError, LayerPlan, LayerStatistics, Plan, ScopePlan, TokenSample, UsageError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PLAN_JSON, PLAN_TENSORS = "plan.json", "plan.safetensors"
+_BLOCKS, _BLOCK = 16, 65536
+
+
+class Record(BaseModel):
+    """A readable file's contents: checked, frozen, nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+R = TypeVar("R", bound="Record")
+
+
+class Manifest(Record):
+    """What a folder of statistics was made from."""
+
+    format: int = FORMAT
+    version: str
+    model: str  # fingerprint of the checkpoint
+    family: str
+    layers: tuple[int, ...]  # decoder layers with experts
+    experts: int
+    top_k: int
+    tokens: int
+    seq_len: int
+    sample: int
+    seed: int
+    dtype: str
+    data: tuple[str, ...]  # what was read, one line each
+    data_fingerprint: str
+    documents: tuple[str, ...] = ()  # short hashes, so that an evaluation on the same text can be noticed
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model_dump(exclude={"layers"}))
+
+
+class ScopeRecord(Record):
+    """One scope of a plan, for people."""
+
+    layers: tuple[int, ...]
+    experts: int
+    prototypes: int
+    kept: tuple[int | None, ...]  # the source expert of each prototype; null for a mixture
+    assignment: tuple[int, ...]
+    predicted_error: float | None
+
+
+class PlanRecord(Record):
+    """``plan.json``: everything about a plan but its tensors."""
+
+    format: int = FORMAT
+    version: str
+    method: str
+    options: dict[str, Any]
+    keep: str
+    default_form: str
+    protected: dict[int, tuple[int, ...]]
+    source: str
+    statistics: str
+    scopes: tuple[ScopeRecord, ...]
+
+
+def fingerprint(value: Any) -> str:
+    """The SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def checkpoint_fingerprint(folder: Path, files: Iterable[Path]) -> str:
+    """Name a checkpoint by its configuration and, of each file, size, header and sixteen blocks across the data."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(set(files)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            header = stream.read(8)
+            digest.update(header + stream.read(min(int.from_bytes(header, "little"), size)))
+            for block in range(_BLOCKS):
+                stream.seek(size * block // _BLOCKS)
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a small file so that it is either the old one or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def building(out: Path, *, force: bool = False, key: str = "") -> Iterator[Path]:
+    """Build a folder as ``OUT.partial`` and give it its name at the end.
+
+    A partial folder left by a killed run is taken up again if it was begun for the same ``key``, else cleared.
+
+    Raises:
+        UsageError: ``out`` exists and ``force`` is not given.
+    """
+    check_free(out, force=force)
+    partial, label = partial_of(out), "key.json"
+    if partial.exists() and _text(partial / label) != key:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    write_atomic(partial / label, key)
+    yield partial
+    (partial / label).unlink()
+    if out.exists():
+        retired = out.with_name(out.name + ".replaced")
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(out, retired)
+        os.replace(partial, out)
+        shutil.rmtree(retired)
+    else:
+        os.replace(partial, out)
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Raise a UsageError if something is in the way of ``out``."""
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists; choose another name, or --force to replace it.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; conmoe writes a folder there.")
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:05}.safetensors"
+
+
+def write_layer(folder: Path, layer: int, statistics: LayerStatistics) -> None:
+    """Store one layer's statistics, atomically."""
+    tensors = {f"sum.{name}": value for name, value in statistics.sums.items()}
+    sample = statistics.sample
+    tensors |= {f"sample.{name}": getattr(sample, name) for name in TokenSample.__dataclass_fields__}
+    data = serialize(
+        {name: value.contiguous() for name, value in tensors.items()}, {"tokens": str(statistics.tokens)}
+    )
+    write_atomic(layer_file(folder, layer), data)
+
+
+def read_layer(folder: Path, layer: int) -> LayerStatistics:
+    """Load one layer's statistics."""
+    tensors, metadata = _read_tensors(layer_file(folder, layer))
+    sums = {name.removeprefix("sum."): value for name, value in tensors.items() if name.startswith("sum.")}
+    sample = TokenSample(**{name: tensors[f"sample.{name}"] for name in TokenSample.__dataclass_fields__})
+    owner = torch.zeros(len(sums["count"]), dtype=torch.int64)
+    return LayerStatistics(int(metadata["tokens"]), sums, sample, owner)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of statistics.
+
+    Raises:
+        UsageError: the folder holds no finished statistics.
+    """
+    return _read_record(Manifest, folder / MANIFEST, "statistics; make them with conmoe calibrate")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Store a plan as ``plan.json`` and ``plan.safetensors`` in an existing folder."""
+    tensors: dict[str, Tensor] = {}
+    for i, scope in enumerate(plan.scopes):
+        layer = scope.plan
+        tensors |= {f"{i}.assignment": layer.assignment_E, f"{i}.mixing": layer.mixing_KE, f"{i}.gain": layer.gain_E}
+        tensors |= {f"{i}.weights.{name}": value for name, value in layer.weights.items()}
+        tensors |= {f"{i}.scores.{name}": value for name, value in layer.scores.items()}
+    write_atomic(folder / PLAN_TENSORS, serialize({name: value.contiguous() for name, value in tensors.items()}))
+    write_atomic(folder / PLAN_JSON, plan_record(plan).model_dump_json(indent=2) + "\n")
+
+
+def plan_record(plan: Plan) -> PlanRecord:
+    """The readable half of a plan."""
+    scopes = tuple(
+        ScopeRecord(
+            layers=scope.layers,
+            experts=scope.plan.assignment_E.numel() // len(scope.layers),
+            prototypes=scope.plan.mixing_KE.shape[0],
+            kept=tuple(kept_experts(scope.plan)),
+            assignment=tuple(scope.plan.assignment_E.tolist()),
+            predicted_error=None if scope.plan.predicted_error != scope.plan.predicted_error else scope.plan.predicted_error,
+        )
+        for scope in plan.scopes
+    )
+    fields = {name: getattr(plan, name) for name in PlanRecord.model_fields if name not in ("format", "scopes")}
+    return PlanRecord(**{**fields, "options": dict(plan.options), "protected": dict(plan.protected)}, scopes=scopes)
+
+
+def kept_experts(plan: LayerPlan) -> list[int | None]:
+    """For each prototype the source expert it is a copy of, or None if it is a mixture or has new weights."""
+    one_hot = ((plan.mixing_KE != 0).sum(1) == 1) & (plan.mixing_KE.max(1).values == 1)
+    expert = plan.mixing_KE.argmax(1)
+    return [int(e) if single and not plan.weights else None for e, single in zip(expert, one_hot, strict=True)]
+
+
+def read_plan(folder: Path) -> Plan:
+    """Load a plan; its consistency is checked by the types themselves.
+
+    Raises:
+        UsageError: the folder holds no plan.
+    """
+    record = _read_record(PlanRecord, folder / PLAN_JSON, "a plan; make one with conmoe plan")
+    tensors, _ = _read_tensors(folder / PLAN_TENSORS)
+
+    def named(prefix: str) -> Mapping[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    try:
+        scopes = tuple(
+            ScopePlan(
+                scope.layers,
+                LayerPlan(
+                    tensors[f"{i}.assignment"],
+                    tensors[f"{i}.mixing"],
+                    tensors[f"{i}.gain"],
+                    named(f"{i}.weights."),
+                    float("nan") if scope.predicted_error is None else scope.predicted_error,
+                    named(f"{i}.scores."),
+                ),
+            )
+            for i, scope in enumerate(record.scopes)
+        )
+    except KeyError as error:
+        raise ConmoeError(f"{folder / PLAN_TENSORS} lacks the tensor {error}.") from None
+    fields = {name: getattr(record, name) for name in PlanRecord.model_fields if name not in ("format", "scopes")}
+    return Plan(scopes=scopes, **fields)
+
+
+def _read_record(kind: type[R], file: Path, what: str) -> R:
+    if not file.is_file():
+        raise UsageError(f"{file.parent} holds no {what}.")
+    try:
+        record = kind.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ConmoeError(f"{file} is damaged or of another version: {error.errors()[0]['msg']}.") from error
+    if getattr(record, "format", FORMAT) != FORMAT:
+        raise ConmoeError(f"{file} has format {record.format}; this version reads {FORMAT}.")  # type: ignore[attr-defined]
+    return record
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}, stream.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConmoeError(f"{file} cannot be read: {error}.") from error
+
+
+def _text(file: Path) -> str | None:
+    return file.read_text() if file.is_file() else None

@@ -1,0 +1,541 @@
+"""The command line: verbs that parse, call, and print where the result is. No logic."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers.utils import logging as transformers_logging
+
+import conmoe
+from conmoe import console
+from conmoe.artifacts import read_plan
+from conmoe.builtin_text import BUILTIN_NAME
+from conmoe.calibrate import Calibration
+from conmoe.compress import Result
+from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, overlap, parse_spec
+from conmoe.forms import is_approximate
+from conmoe.locate import locate, locate_headers
+from conmoe.parallel import Ranks
+from conmoe.plan import DEFAULT_METHOD, Request
+from conmoe.registry import Form, get_method, methods
+from conmoe.stream import load_config
+from conmoe.types import ConmoeError, Plan, UsageError
+
+app = typer.Typer(
+    name="conmoe",
+    help="Make Mixture-of-Experts checkpoints smaller, without training, and measure what it cost.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a name on the Hugging Face hub.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="Text: a .txt, .jsonl, .parquet file (also .gz, .xz) or hub:name[:config][:split], with a weight if wanted: "
+        "wiki.txt@0.3. Repeatable. Without it a small built-in text is used.",
+    ),
+]
+Tokens = Annotated[int, typer.Option(help="How many tokens of text to use.")]
+SeqLen = Annotated[int | None, typer.Option(help="Length of a sequence; by default 512, or what the model allows.")]
+Seed = Annotated[int, typer.Option(help="Chooses the documents and the token sample.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16, float16 or float32.")]
+Sample = Annotated[int, typer.Option(help="Tokens of each layer's sample, which functional distances are measured on.")]
+Keep = Annotated[str, typer.Option(help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep.")]
+MethodName = Annotated[str, typer.Option("--method", help="See conmoe methods.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method. Repeatable.")
+]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(help="Experts that must stay: super (the default), none, or LAYER:EXPERT. Repeatable."),
+]
+Scope = Annotated[int, typer.Option(help="Neighbouring layers that share one pool of prototypes: 1, 2, 4 ...")]
+FormName = Annotated[
+    str | None, typer.Option("--form", help="shared, sliced or expanded; by default what suits the method.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
+) -> None:
+    if version:
+        console.stdout.print(conmoe.__version__)
+
+
+@app.command()
+def inspect(model: Model, json: Json = False, trust_remote_code: Remote = False) -> None:
+    """What a checkpoint is, and what compressing it would save. Reads headers only.
+
+    Example: `conmoe inspect allenai/OLMoE-1B-7B-0125`
+    """
+    folder, entries = locate_headers(model)
+    found = conmoe.inspect(folder, trust_remote_code=trust_remote_code, entries=entries)
+    if json:
+        console.emit(found.as_json())
+        return
+    size = console.size
+    rows = [
+        ("family", found.family),
+        ("decoder layers, with experts", f"{found.layers}, {found.moe_layers}"),
+        ("routed experts, per token, shared", f"{found.experts}, {found.experts_per_token}, {found.shared_experts}"),
+        ("router", found.router + (f", {found.router_groups} groups" if found.router_groups > 1 else "")),
+        (
+            "parameters, active per token",
+            f"{console.quantity(found.parameters)}, {console.quantity(found.active_parameters)}",
+        ),
+        ("size, in routed experts", f"{size(found.total_bytes)}, {found.routed_share:.1%}"),
+        *((f"--keep {s.keep}", f"{s.experts} experts, {size(s.bytes)} (saves {size(s.saved_bytes)})") for s in found.savings),
+        ("legal counts, sliced form", _ranges(found.legal_sliced_counts)),
+        ("memory to compress, about", size(found.estimated_peak_bytes)),
+        ("time to calibrate on this CPU, about", f"{found.estimated_seconds:.0f} s for 16,384 tokens"),
+    ]
+    console.stdout.print(console.facts(str(model), rows))
+
+
+@app.command("methods")
+def list_methods(json: Json = False) -> None:
+    """Every method with its paper, its needs, its options and its default form."""
+    if json:
+        console.emit({name: _method_json(name) for name in methods()})
+        return
+    for name, item in methods().items():
+        console.stdout.print(f"[bold]{name}[/]  ({item.paper}; {item.form} form; needs {', '.join(item.needs) or 'nothing'})")
+        console.stdout.print(f"  {item.help.splitlines()[0]}")
+        for option in item.options.values():
+            choices = f" one of {', '.join(map(str, option.choices))};" if option.choices else ""
+            console.stdout.print(f"  --option {option.name}={option.default}:{choices} {option.help}", markup=False)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    statistics: Annotated[Path, typer.Argument(metavar="STATS", help="The folder to write.")],
+    data: Data = None,
+    tokens: Tokens = 32768,
+    seq_len: SeqLen = None,
+    sample: Sample = 4096,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Run text through the model once and store what every method needs. Resumes; runs under torchrun.
+
+    Example: `conmoe calibrate allenai/OLMoE-1B-7B-0125 stats --data wiki.txt@0.7 --data code.jsonl@0.3`
+    """
+    folder = locate(model)
+    options = Calibration(sample, seed, _device(device), _dtype(dtype), None, trust_remote_code)
+    text = _text(folder, data, tokens, seq_len, seed, trust_remote_code)
+    depth = load_config(folder, trust_remote_code=trust_remote_code).num_hidden_layers
+    with console.Bars().stage("calibrate", text.tokens * depth, "tokens x layers") as advance:
+        conmoe.calibrate(folder, statistics, text, options, force=force, advance=advance)
+    _say(f"Statistics of {text.tokens:,} tokens are in {statistics}.")
+
+
+@app.command("merge-stats")
+def merge_stats(
+    statistics: Annotated[list[Path], typer.Argument(metavar="STATS... OUT", help="Statistics to add, then the output.")],
+    force: Force = False,
+) -> None:
+    """Add up statistics of one model over different texts.
+
+    Example: `conmoe merge-stats stats-wiki stats-code stats-both`
+    """
+    *parts, out = statistics
+    if len(parts) < 2:
+        raise UsageError("merge-stats takes at least two folders of statistics and an output.")
+    manifest = conmoe.merge_statistics(parts, out, force=force)
+    _say(f"Statistics of {manifest.tokens:,} tokens are in {out}.")
+
+
+@app.command()
+def plan(
+    model: Model,
+    statistics: Annotated[Path, typer.Argument(metavar="STATS", help="What conmoe calibrate wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="PLAN", help="The folder to write.")],
+    keep: Keep,
+    method: MethodName = DEFAULT_METHOD,
+    option: Options = None,
+    protect: Protect = None,
+    scope: Scope = 1,
+    form: FormName = None,
+    device: Device = "cpu",
+    force: Force = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Decide which experts stay and who answers for whom. The model is not run.
+
+    Example: `conmoe plan allenai/OLMoE-1B-7B-0125 stats plan --method reap --keep 48`
+    """
+    folder = locate(model)
+    request = _request(method, keep, option, protect, scope, form, _device(device), trust_remote_code)
+    depth = load_config(folder, trust_remote_code=trust_remote_code).num_hidden_layers
+    with console.Bars().stage("plan", depth, "layers") as advance:
+        made = conmoe.plan(folder, statistics, out, request, force=force, advance=advance)
+    _describe(made)
+    _say(f"The plan is in {out}; read {out / 'plan.json'}, or apply it with conmoe apply.")
+
+
+@app.command()
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="What conmoe plan wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
+    form: FormName = None,
+    force: Force = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Write the checkpoint that a plan describes.
+
+    Example: `conmoe apply allenai/OLMoE-1B-7B-0125 plan olmoe-half --form sliced`
+    """
+    folder, made = locate(model), read_plan(plan)
+    with console.Bars().stage("apply", 0, "bytes") as advance:
+        done = conmoe.apply(
+            folder,
+            made,
+            out,
+            form=_form(form),
+            force=force,
+            trust_remote_code=trust_remote_code,
+            advance=lambda nbytes, total: advance(nbytes),
+        )
+    _warn_approximate(made, done.form)
+    _say(f"{out}: {console.size(done.bytes)} of {console.size(done.source_bytes)}, {done.form} form.")
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
+    keep: Keep,
+    method: MethodName = DEFAULT_METHOD,
+    option: Options = None,
+    protect: Protect = None,
+    scope: Scope = 1,
+    form: FormName = None,
+    data: Data = None,
+    tokens: Tokens = 32768,
+    seq_len: SeqLen = None,
+    sample: Sample = 4096,
+    seed: Seed = 0,
+    evaluate_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="SPEC", help="Held-out text to measure on; by default built-in text."),
+    ] = None,
+    evaluate_tokens: Annotated[int, typer.Option("--eval-tokens", help="Tokens to measure on; 0 measures nothing.")] = 8192,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keep statistics and plan here for other runs; by default OUT.work, removed at the end."),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Load the result and compare it with the plan.")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    json: Json = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Calibrate, plan, apply, verify and measure, in one go. A killed run is taken up where it stopped.
+
+    Example: `conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data wiki.txt`
+    """
+    folder = locate(model)
+    bars = console.Bars()
+    request = _request(method, keep, option, protect, scope, form, _device(device), trust_remote_code)
+    conmoe.check(folder, out, request, force=force)
+    text = _text(folder, data, tokens, seq_len, seed, trust_remote_code)
+    held_out = None
+    if evaluate_tokens:
+        held_out = _text(folder, evaluate_data, evaluate_tokens, seq_len, seed, trust_remote_code, part="evaluation")
+        _warn_overlap(held_out, text.documents)
+    kept = work or out.with_name(out.name + ".work")
+    result = conmoe.compress(
+        folder,
+        out,
+        kept,
+        text,
+        request,
+        bars,
+        calibration=Calibration(sample, seed, _device(device), _dtype(dtype), None, trust_remote_code),
+        form=_form(form),
+        held_out=held_out,
+        verified=verify,
+        force=force,
+    )
+    if work is None:
+        shutil.rmtree(kept)
+    _finish(out, result, json)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option(metavar="SOURCE", help="The model to compare with.")] = None,
+    data: Data = None,
+    tokens: Tokens = 16384,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Measure a model on text, and its distance from another: KL, agreement, excess loss, each with its standard error.
+
+    Files are read from their beginning, so that the numbers of two runs are about the same text.
+
+    Example: `conmoe evaluate olmoe-half --against allenai/OLMoE-1B-7B-0125 --data wikitext2.txt --json`
+    """
+    folder = locate(model)
+    source = locate(against) if against else None
+    text = _text(folder, data, tokens, seq_len, seed, trust_remote_code, part="evaluation")
+    if (folder / "conmoe" / "results.json").is_file():
+        _warn_overlap(text, conmoe.calibration_documents(folder))
+    depth = load_config(folder, trust_remote_code=trust_remote_code).num_hidden_layers
+    with console.Bars().stage("evaluate", text.tokens * depth * (2 if source else 1), "tokens x layers") as advance:
+        found = conmoe.evaluate(
+            folder,
+            text,
+            against=source,
+            device=_device(device),
+            dtype=_dtype(dtype),
+            trust_remote_code=trust_remote_code,
+            advance=advance,
+        )
+    if Ranks.join().rank:
+        return
+    record = {"model": str(model), "against": against, "data": [part.source for part in text.sources], **found.as_json()}
+    if output:
+        conmoe.write_json(output, record)
+    if json:
+        console.emit(record)
+    else:
+        console.stdout.print(console.fidelity_table(f"{found.tokens:,} tokens", [(Path(model).name, "", found)]))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to write.")] = 48,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    device: Device = "auto",
+    trust_remote_code: Remote = False,
+) -> None:
+    """A quick look at what a model writes. Loads the whole model.
+
+    Example: `conmoe generate olmoe-half "The history of"`
+    """
+    text = conmoe.generate(
+        locate(model),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+    console.stdout.print(prompt + text, markup=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The folder to write.")] = Path("demo-output"),
+    force: Force = False,
+) -> None:
+    """Compress a small trained model that ships with conmoe, three ways, offline, and compare."""
+    made = conmoe.demo(out, console.Bars(), force=force)
+    rows = sorted(made.rows, key=lambda row: row[2].kl.value if row[2].kl else 0.0)
+    console.stdout.print(console.fidelity_table("Half of the experts, on held-out text (best first)", rows))
+    source = made.rows[0][2]
+    console.stdout.print(f"The source has {console.size(source.source_bytes or 0)}.\n")
+    for title, text in (("Source", made.before), (f"After {DEFAULT_METHOD}", made.after)):
+        console.stdout.print(f"[bold]{title}[/]")
+        console.stdout.print(conmoe.DEMO_PROMPT + text + "\n", markup=False)
+    console.stdout.print(f"Checkpoints, statistics and results.json are in {out}. Next, on a real model:")
+    console.stdout.print("  conmoe inspect allenai/OLMoE-1B-7B-0125")
+    console.stdout.print("  conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data YOUR-TEXT.jsonl")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; every expected failure is one sentence and an exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if not debug:
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        code = app(given, prog_name="conmoe", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = _fail("Interrupted; what was finished is kept, and the same command goes on from there.", 130)
+    except ConmoeError as error:
+        if debug:
+            raise
+        code = _fail(str(error), error.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        code = _fail(_os_sentence(error), 1)
+    except Exception as error:
+        shown = getattr(error, "format_message", None)
+        if debug and shown is None:
+            raise
+        if shown is None:
+            code = _fail(f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1)
+        else:
+            code = _fail(shown(), getattr(error, "exit_code", 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str, code: int) -> int:
+    console.stderr.print(f"Error: {sentence}", style="red", markup=False, soft_wrap=True)
+    return code
+
+
+def _os_sentence(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"The disk is full{where}; free some space and run the same command again, it goes on where it stopped."
+    return f"{error.strerror or error}{where}."
+
+
+def _text(
+    folder: Path,
+    data: list[str] | None,
+    tokens: int,
+    seq_len: int | None,
+    seed: int,
+    trust_remote_code: bool,
+    part: Any = "calibration",
+) -> TokenData:
+    specs: list[DataSpec] = [parse_spec(text) for text in data or []]
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if not specs:
+        _say(f"No text given: using {BUILTIN_NAME} ({part} part). Give --data for text like that of your users.")
+    length = seq_len or min(512, getattr(config, "max_position_embeddings", None) or 512)
+    return load_tokens(
+        tokenizer,
+        specs,
+        tokens=tokens,
+        seq_len=length,
+        seed=seed,
+        part=part,
+        shuffle=part == "calibration" or not specs,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _request(
+    method: str,
+    keep: str,
+    option: list[str] | None,
+    protect: list[str] | None,
+    scope: int,
+    form: str | None,
+    device: str,
+    trust_remote_code: bool,
+) -> Request:
+    options = {}
+    for text in option or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--option takes NAME=VALUE, not {text!r}.")
+        options[name] = value
+    get_method(method)
+    return Request(method, keep, options, tuple(protect or ["super"]), scope, _form(form), device, trust_remote_code)
+
+
+def _form(text: str | None) -> Form | None:
+    if text not in (None, "shared", "sliced", "expanded"):
+        raise UsageError(f"--form takes shared, sliced or expanded, not {text!r}.")
+    return text  # type: ignore[return-value]
+
+
+def _device(text: str) -> str:
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {text} is not available here: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def _dtype(text: str) -> torch.dtype | None:
+    known = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if text not in known:
+        raise UsageError(f"--dtype takes {', '.join(known)}, not {text!r}.")
+    return known[text]
+
+
+def _method_json(name: str) -> dict[str, Any]:
+    item = get_method(name)
+    options = {
+        option.name: {"default": option.default, "choices": list(option.choices), "help": option.help}
+        for option in item.options.values()
+    }
+    return {"paper": item.paper, "needs": item.needs, "form": item.form, "help": item.help, "options": options}
+
+
+def _describe(made: Plan) -> None:
+    for layer, experts in made.protected.items():
+        _say(f"Protected in layer {layer}: {', '.join(map(str, experts))}.")
+
+
+def _warn_approximate(made: Plan, form: Form) -> None:
+    if is_approximate(made, form):
+        _say("Note: the sliced form cannot redirect; experts that the plan redirects are dropped. Measure the result.")
+
+
+def _warn_overlap(text: TokenData, documents: Sequence[str]) -> None:
+    share = overlap(text.documents, documents)
+    if share > 0:
+        _say(f"Warning: {share:.0%} of the documents measured on were calibrated on; the numbers are too good.")
+
+
+def _finish(out: Path, result: Result, json: bool) -> None:
+    _describe(result.plan)
+    _warn_approximate(result.plan, result.applied.form)
+    for name in result.applied.dropped[:1]:
+        _say(f"Left out {len(result.applied.dropped)} tensors that the model class does not read, such as {name}.")
+    if json:
+        console.emit(result.as_json())
+    elif result.fidelity:
+        rows = [(out.name, result.applied.form, result.fidelity)]
+        console.stdout.print(console.fidelity_table(f"{result.fidelity.tokens:,} held-out tokens", rows))
+    _say(f"{out}: {console.size(result.applied.bytes)} of {console.size(result.applied.source_bytes)}.")
+
+
+def _ranges(counts: Sequence[int]) -> str:
+    if len(counts) > 12 and counts[-1] - counts[0] == len(counts) - 1:
+        return f"{counts[0]} to {counts[-1]}"
+    return ", ".join(map(str, counts)) if len(counts) <= 24 else f"{counts[0]}, {counts[1]}, ... {counts[-1]}"
+
+
+def _say(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.stderr.print(text, markup=False, soft_wrap=True)

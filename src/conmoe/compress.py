@@ -1,0 +1,172 @@
+"""The chain: calibrate, plan, apply, verify, evaluate. What is already there and matches is not made again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from conmoe.apply import PLAN_FOLDER, Applied, apply
+from conmoe.artifacts import (
+    MANIFEST,
+    Manifest,
+    check_free,
+    fingerprint,
+    plan_record,
+    read_manifest,
+    read_plan,
+    write_atomic,
+    write_json,
+)
+from conmoe.calibrate import Calibration, calibrate, describe
+from conmoe.data import TokenData
+from conmoe.evaluate import Fidelity, evaluate
+from conmoe.forms import is_approximate
+from conmoe.plan import Request, check_request, plan
+from conmoe.registry import Form
+from conmoe.stream import open_source
+from conmoe.types import Plan
+from conmoe.verify import verify
+
+RESULTS = "results.json"
+PLAN_KEY = "plan.key"
+
+
+class Progress(Protocol):
+    """What a long step reports to: ``stage(name, total, unit)`` gives a function that is told what was done."""
+
+    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a compression made and what it cost."""
+
+    applied: Applied
+    plan: Plan
+    manifest: Manifest
+    fidelity: Fidelity | None
+    approximate: bool
+
+    def as_json(self) -> dict[str, Any]:
+        record = plan_record(self.plan).model_dump(mode="json")
+        return {
+            "output": str(self.applied.folder),
+            "form": self.applied.form,
+            "approximate": self.approximate,
+            "bytes": self.applied.bytes,
+            "source_bytes": self.applied.source_bytes,
+            "method": self.plan.method,
+            "keep": self.plan.keep,
+            "options": record["options"],
+            "protected": record["protected"],
+            "predicted_error": {str(scope["layers"][0]): scope["predicted_error"] for scope in record["scopes"]},
+            "calibration": self.manifest.model_dump(mode="json", exclude={"documents"}),
+            "fidelity": self.fidelity.as_json() if self.fidelity else None,
+            "calibration_documents": list(self.manifest.documents),
+            "dropped_tensors": list(self.applied.dropped),
+            "version": self.plan.version,
+        }
+
+
+def compress(
+    model: Path,
+    out: Path,
+    work: Path,
+    data: TokenData,
+    request: Request,
+    progress: Progress,
+    *,
+    calibration: Calibration = Calibration(),
+    form: Form | None = None,
+    held_out: TokenData | None = None,
+    verified: bool = True,
+    force: bool = False,
+) -> Result:
+    """Make a smaller checkpoint and measure what it cost.
+
+    Args:
+        model: the source checkpoint; never written to.
+        out: the folder of the result.
+        work: keeps statistics and plan; a later run with the same inputs takes them from there.
+        data: calibration tokens.
+        request: method, budget and options of the plan.
+        progress: where the stages report to.
+        calibration: sample size, seed, device, dtype.
+        form: how to store the result; by default what suits the method.
+        held_out: tokens to measure fidelity on; None to measure nothing.
+        verified: load the result and compare it with the plan.
+        force: replace ``out`` if it exists.
+    """
+    trust = calibration.trust_remote_code
+    request = replace(request, form=form, device=calibration.device, trust_remote_code=trust)
+    check(model, out, request, force=force)
+    source = open_source(model, dtype=calibration.dtype, trust_remote_code=trust)
+    depth, tokens = source.config.num_hidden_layers, data.tokens
+    work.mkdir(parents=True, exist_ok=True)
+
+    statistics = work / "statistics"
+    manifest = describe(source, data, calibration)
+    if (statistics / MANIFEST).is_file() and read_manifest(statistics) == manifest:
+        progress.note(f"Statistics in {statistics} match; not calibrating again.")
+    else:
+        with progress.stage("calibrate", tokens * depth, "tokens x layers") as advance:
+            calibrate(model, statistics, data, calibration, force=True, advance=advance)
+
+    asked = fingerprint([manifest.fingerprint, asdict(request)])
+    if _read_text(work / PLAN_KEY) == asked:
+        progress.note(f"The plan in {work / 'plan'} matches; not planning again.")
+        made = read_plan(work / "plan")
+    else:
+        with progress.stage("plan", len(source.layers), "layers") as advance:
+            made = plan(model, statistics, work / "plan", request, force=True, advance=advance)
+        write_atomic(work / PLAN_KEY, asked)
+
+    with progress.stage("apply", 0, "bytes") as advance:
+        applied = apply(
+            model,
+            made,
+            out,
+            form=form,
+            force=force,
+            trust_remote_code=trust,
+            advance=lambda done, total: advance(done),
+        )
+    if verified:
+        with progress.stage("verify", applied.bytes, "bytes") as advance:
+            verify(out, model, made, applied.form, trust_remote_code=trust, advance=advance)
+    fidelity = None
+    if held_out is not None:
+        with progress.stage("evaluate", 2 * held_out.tokens * depth, "tokens x layers") as advance:
+            fidelity = evaluate(
+                out,
+                held_out,
+                against=model,
+                device=calibration.device,
+                trust_remote_code=trust,
+                advance=advance,
+            )
+    result = Result(applied, made, manifest, fidelity, is_approximate(made, applied.form))
+    write_json(out / PLAN_FOLDER / RESULTS, result.as_json())
+    return result
+
+
+def _read_text(file: Path) -> str | None:
+    return file.read_text() if file.is_file() else None
+
+
+def check(model: Path, out: Path, request: Request, *, force: bool = False) -> None:
+    """Everything that can be refused before text is read: the model, the request, the output."""
+    source = open_source(model, trust_remote_code=request.trust_remote_code)
+    check_request(source.layers, request)
+    check_free(out, force=force)
+
+
+def calibration_documents(result: Path) -> tuple[str, ...]:
+    """Short hashes of the texts that a result was calibrated on."""
+    return tuple(json.loads((result / PLAN_FOLDER / RESULTS).read_text())["calibration_documents"])

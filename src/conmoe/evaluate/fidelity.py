@@ -1,0 +1,179 @@
+"""Fidelity: how close a compressed model stays to its source, token by token.
+
+Both models are streamed layer by layer over the same sequences; only the logits of a few hundred tokens exist at a time.
+KL(source || compressed) and top-1 agreement are taken at every position, the loss at every position with a next token.
+Numbers are means over tokens; their standard errors are over sequences, the independent unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conmoe.data import TokenData
+from conmoe.parallel import Ranks
+from conmoe.stream import LOGIT_TOKENS, Source, Stream, open_source, open_stream
+from conmoe.types import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A mean over sequences and its standard error (NaN for a single sequence)."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """What an evaluation measured; the paired numbers are None where there was no source to compare with."""
+
+    tokens: int
+    sequences: int
+    loss: Measured  # nats per token
+    perplexity: Measured
+    parameters: int
+    bytes: int
+    source_loss: Measured | None = None
+    excess_loss: Measured | None = None
+    kl: Measured | None = None  # KL(source || model), nats per token
+    top1_agreement: Measured | None = None
+    source_parameters: int | None = None
+    source_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers; a standard error that cannot be known is null."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Measured):
+                return {"value": value.value, "stderr": None if math.isnan(value.stderr) else value.stderr}
+            return value
+
+        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+def evaluate(
+    model: Path,
+    data: TokenData,
+    *,
+    against: Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Fidelity:
+    """Measure ``model`` on held-out text, and its distance from ``against``.
+
+    Args:
+        model: a checkpoint, compressed or not.
+        data: token sequences that were not used for calibration.
+        against: the source checkpoint to compare with.
+        device: where to compute.
+        dtype: in which to compute; by default each checkpoint's own.
+        trust_remote_code: run modelling code that comes with a checkpoint.
+        advance: called with the number of tokens that passed one more layer of either model.
+    """
+    ranks = Ranks.join()
+    sources = [
+        open_source(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        for folder in (model, against)
+        if folder is not None
+    ]
+    check_vocabularies(sources, data)
+    mine = ranks.share(data.ids_NS.shape[0])
+    ids_NS = data.ids_NS[mine.start : mine.stop]
+    with ExitStack() as stack:
+        streams = [stack.enter_context(open_stream(source, ids_NS, device=device)) for source in sources]
+        for stream in streams:
+            stream.run(advance=advance)
+        rows = ranks.gather_rows(_score(streams, ids_NS))
+    return _summary(torch.cat(rows) if rows else torch.zeros(0, 4), data, sources)
+
+
+def check_vocabularies(sources: list[Source], data: TokenData) -> None:
+    """Raise a UsageError unless all models can read the tokens and be compared."""
+    sizes = [int(source.model.get_input_embeddings().weight.shape[0]) for source in sources]
+    if len(set(sizes)) > 1:
+        raise UsageError(f"The two models have vocabularies of {sizes[0]} and {sizes[1]} tokens; they cannot be compared.")
+    if int(data.ids_NS.max()) >= sizes[0]:
+        raise UsageError(f"The text has token ids beyond the model's vocabulary of {sizes[0]}; the tokenizer does not fit.")
+
+
+def _score(streams: list[Stream], ids_NS: Tensor) -> Tensor:
+    """Per sequence: loss, source loss, KL, agreement (the last three NaN without a source)."""
+    rows = []
+    with ExitStack() as stack:
+        heads = [stack.enter_context(stream.head()) for stream in streams]
+        for n, ids_S in enumerate(ids_NS):
+            finals = [stream.final(n, n + 1) for stream in streams]
+            totals = torch.zeros(4, dtype=torch.float64)
+            for start in range(0, len(ids_S), LOGIT_TOKENS):
+                chunk = slice(start, start + LOGIT_TOKENS)
+                logp = [head(final[:, chunk])[0].float().log_softmax(-1) for head, final in zip(heads, finals, strict=True)]
+                totals += _chunk_totals(logp, ids_S[start + 1 : start + LOGIT_TOKENS + 1])
+            S = len(ids_S)
+            rows.append(totals / torch.tensor([S - 1, S - 1, S, S]))
+    return torch.stack(rows)
+
+
+def _chunk_totals(logp: list[Tensor], next_ids: Tensor) -> Tensor:
+    """Sums over a chunk of negative log likelihood (model, source), KL and agreement."""
+    next_ids = next_ids.to(logp[0].device)
+    losses = [-part[: len(next_ids)].gather(1, next_ids[:, None]).sum(dtype=torch.float64) for part in logp]
+    if len(logp) == 1:
+        return torch.stack([losses[0].cpu(), *[torch.tensor(math.nan, dtype=torch.float64)] * 3])
+    model, source = logp
+    agree = (model.argmax(-1) == source.argmax(-1)).sum().double()
+    # A source probability of zero contributes nothing, also where the model's is zero too.
+    kl = torch.nan_to_num(source.exp() * (source - model), nan=0.0).sum(dtype=torch.float64)
+    return torch.stack([losses[0], losses[1], kl, agree]).cpu()
+
+
+def _summary(rows: Tensor, data: TokenData, sources: list[Source]) -> Fidelity:
+    loss, source_loss, kl, agreement = (rows[:, column] for column in range(4))
+    mean = _measured(loss)
+    sizes = [_size(source) for source in sources]
+    fidelity = {
+        "tokens": data.tokens,
+        "sequences": data.ids_NS.shape[0],
+        "loss": mean,
+        "perplexity": Measured(math.exp(mean.value), math.exp(mean.value) * mean.stderr),
+        "parameters": sizes[0][0],
+        "bytes": sizes[0][1],
+    }
+    if len(sources) == 2:
+        fidelity |= {
+            "source_loss": _measured(source_loss),
+            "excess_loss": _measured(loss - source_loss),
+            "kl": _measured(kl),
+            "top1_agreement": _measured(agreement),
+            "source_parameters": sizes[1][0],
+            "source_bytes": sizes[1][1],
+        }
+    return Fidelity(**fidelity)
+
+
+def _measured(values: Tensor) -> Measured:
+    n = len(values)
+    stderr = float(values.std(unbiased=True) / math.sqrt(n)) if n > 1 else math.nan
+    return Measured(float(values.mean()), stderr)
+
+
+def _size(source: Source) -> tuple[int, int]:
+    """Parameters and bytes on disk; maps and gains count as bytes, not as parameters."""
+    parameters = bytes_ = 0
+    for entry in source.entries.values():
+        bytes_ += entry.nbytes
+        if not entry.name.endswith(("expert_map", "expert_gain")):
+            count = 1
+            for axis in entry.shape:
+                count *= axis
+            parameters += count
+    return parameters, bytes_

@@ -1,0 +1,156 @@
+"""What a checkpoint is and what compressing it would save, from its headers alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conmoe.allocate import experts_kept
+from conmoe.forms import check_groups
+from conmoe.moe import MoeLayer, decoder_layers
+from conmoe.shards import Entry
+from conmoe.stream import BATCH_TOKENS, Source, open_source
+from conmoe.types import UsageError
+
+_BASELINE_BYTES = 400 * 2**20  # Python with torch and Transformers loaded, measured
+_PROBE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What keeping a share of the routed experts would leave."""
+
+    keep: float
+    experts: int
+    bytes: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The facts of a checkpoint; sizes in bytes, times in seconds."""
+
+    family: str
+    layers: int
+    moe_layers: int
+    experts: int
+    stored_experts: int
+    experts_per_token: int
+    shared_experts: int
+    router: str
+    router_groups: int
+    parameters: int
+    active_parameters: int
+    routed_expert_bytes: int
+    total_bytes: int
+    routed_share: float
+    dtype: str
+    savings: tuple[Saving, ...]
+    legal_sliced_counts: tuple[int, ...]
+    estimated_peak_bytes: int
+    estimated_seconds: float  # to calibrate on 16,384 tokens, on this machine's CPU
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(
+    model: Path, *, trust_remote_code: bool = False, entries: dict[str, Entry] | None = None
+) -> Inspection:
+    """Look at a checkpoint without loading a weight; ``entries`` are its headers, where they are not in the folder.
+
+    Raises:
+        UsageError: no model, a dense model, or an unsupported family.
+    """
+    source = open_source(model, trust_remote_code=trust_remote_code, entries=entries)
+    first = source.layers[0]
+    owner = source.layout.parameter_of()
+    prefixes = tuple(f"{layer.experts}." for layer in source.layers)
+    routed = [entry for entry in source.entries.values() if owner.get(entry.name, "").startswith(prefixes)]
+    total = sum(entry.nbytes for entry in source.entries.values())
+    routed_bytes = sum(entry.nbytes for entry in routed)
+    parameters = sum(map(_count, source.entries.values()))
+    routed_parameters = sum(map(_count, routed))
+    active = parameters - routed_parameters + routed_parameters * first.top_k // first.stored
+    return Inspection(
+        family=source.config.model_type,
+        layers=len(decoder_layers(source.model)[1]),
+        moe_layers=len(source.layers),
+        experts=first.logical,
+        stored_experts=first.stored,
+        experts_per_token=first.top_k,
+        shared_experts=_shared_experts(source, first),
+        router=type(source.model.get_submodule(first.router)).__name__,
+        router_groups=first.groups,
+        parameters=parameters,
+        active_parameters=active,
+        routed_expert_bytes=routed_bytes,
+        total_bytes=total,
+        routed_share=routed_bytes / total,
+        dtype=str(source.model.dtype).removeprefix("torch."),
+        savings=tuple(_saving(keep, first.stored, routed_bytes, total) for keep in (0.25, 0.5, 0.75)),
+        legal_sliced_counts=tuple(count for count in range(1, first.stored + 1) if _legal(first, count)),
+        estimated_peak_bytes=_peak(source),
+        estimated_seconds=2.0 * active * 16384 / _flops(source.model.dtype),
+    )
+
+
+def _saving(keep: float, experts: int, routed: int, total: int) -> Saving:
+    count = experts_kept(keep, experts)
+    saved = routed - routed * count // experts
+    return Saving(keep, count, total - saved, saved)
+
+
+def _legal(layer: MoeLayer, count: int) -> bool:
+    if count < layer.top_k:
+        return False
+    try:
+        if layer.groups > 1:
+            check_groups(layer, count)
+    except UsageError:
+        return False
+    return True
+
+
+def _shared_experts(source: Source, layer: MoeLayer) -> int:
+    """Always-on experts beside the routed ones; a wide shared MLP counts as the number of experts it is built from."""
+    block = source.model.get_submodule(layer.block)
+    if not any(getattr(block, name, None) is not None for name in ("shared_expert", "shared_experts", "shared_mlp")):
+        return 0
+    for field in ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"):
+        value = getattr(source.config, field, None)
+        if isinstance(value, int):
+            return value
+    return 1
+
+
+def _peak(source: Source) -> int:
+    """About one decoder layer computing and the next one being read, or embedding and head, beside a batch."""
+    sizes: dict[str, int] = {}
+    prefixes = tuple(f"{decoder_layers(source.model)[0]}.{index}." for index in range(source.config.num_hidden_layers))
+    for target, pieces in source.layout.sources.items():
+        part = next((prefix for prefix in prefixes if target.startswith(prefix)), target)
+        sizes[part] = sizes.get(part, 0) + sum(piece.entry.nbytes for piece in pieces)
+    batch = BATCH_TOKENS * source.model.get_decoder().config.hidden_size * 4 * 6
+    return _BASELINE_BYTES + 2 * max(sizes.values()) + batch
+
+
+def _flops(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a matrix product here, in the model's dtype."""
+    left, right = torch.ones(_PROBE, _PROBE, dtype=dtype), torch.ones(_PROBE, _PROBE, dtype=dtype)
+    left @ right
+    fastest = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        left @ right
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2.0 * _PROBE**3 / fastest
+
+
+def _count(entry: Entry) -> int:
+    return math.prod(entry.shape)

@@ -1,0 +1,74 @@
+"""The model card of a result: what it is, how it was made, and what is not known about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from conmoe.forms import is_approximate
+from conmoe.registry import Form, get_method
+from conmoe.types import Plan
+
+_LOADING = {
+    "sliced": "It loads wherever the source family loads: Transformers, vLLM, llama.cpp converters, quantisers.",
+    "expanded": "It loads wherever the source loads and saves no memory; it exists to evaluate the plan on any engine.",
+    "shared": (
+        "The router is untouched and maps each logical expert to a stored prototype. Load it with "
+        "`trust_remote_code=True` (the modelling file is in this repository), or `import conmoe` first."
+    ),
+}
+
+
+def model_card(source: Path, plan: Plan, form: Form) -> str:
+    """The card as Markdown with metadata; licence and languages are handed over from the source's card."""
+    inherited = _metadata(source)
+    data = ModelCardData(
+        base_model=source.name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["conmoe", "moe", "compression", plan.method],
+        license=inherited.get("license"),
+        license_name=inherited.get("license_name"),
+        license_link=inherited.get("license_link"),
+        language=inherited.get("language"),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(source, plan, form)}"
+
+
+def _body(source: Path, plan: Plan, form: Form) -> str:
+    sizes = sorted({scope.plan.mixing_KE.shape[0] for scope in plan.scopes})
+    experts = plan.scopes[0].plan.assignment_E.numel()
+    options = ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "none"
+    lines = [
+        f"# {source.name}, consolidated with conmoe",
+        "",
+        f"{' to '.join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))} of {experts} routed experts per "
+        f"{'layer' if len(plan.scopes[0].layers) == 1 else 'scope'} are stored. {_LOADING[form]}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | `{plan.method}` ({get_method(plan.method).paper}) |",
+        f"| options | {options} |",
+        f"| keep | {plan.keep} |",
+        f"| form | {form} |",
+        f"| conmoe | {plan.version} |",
+        f"| source fingerprint | `{plan.source}` |",
+        f"| statistics fingerprint | `{plan.statistics}` |",
+        "",
+        "The plan (which prototype answers for each expert) is in `conmoe/plan.json`.",
+    ]
+    if is_approximate(plan, form):
+        lines += ["", "**Approximation:** the plan redirects experts, and cutting router rows drops them instead."]
+    lines += ["", "Not tested by the tool: tasks, generation quality, safety, languages outside the calibration text.", ""]
+    return "\n".join(lines)
+
+
+def _metadata(source: Path) -> dict[str, object]:
+    readme = source / "README.md"
+    if not readme.is_file():
+        return {}
+    try:
+        return ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a card that cannot be parsed has nothing to hand over, and is no reason to fail
+        return {}

@@ -1,0 +1,337 @@
+"""Run a model whose weights stay on disk: one decoder layer in memory at a time, the next one being read meanwhile.
+
+The model's own code does everything: embedding, masks, rotary positions, layers, final norm and head are its modules,
+called with the arguments that its own forward passes. Only the order of the loops is turned inside out: all batches go
+through one layer before the next layer is loaded. The hidden states between two layers live in files, so that their
+number is bounded by the disk and a killed run can go on at the last finished layer.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from conmoe.checkpoint import Layout, read_layout, read_module
+from conmoe.moe import MoeLayer, decoder_layers, moe_layers
+from conmoe.shards import Entry, read_entries
+from conmoe.types import ConmoeError, UsageError
+
+#: Tokens that go through a layer together.
+BATCH_TOKENS = 4096
+#: Tokens whose logits exist at the same time.
+LOGIT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk, opened by its headers: the model is on the meta device, no weight is read."""
+
+    folder: Path
+    config: PretrainedConfig
+    model: PreTrainedModel
+    entries: dict[str, Entry]
+    layout: Layout
+    layers: tuple[MoeLayer, ...]
+
+
+class _Reached(Exception):
+    """The forward came to the last decoder layer; what follows is not wanted now."""
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        UsageError: the folder holds no readable configuration, or one of an unknown type.
+    """
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is no model: it holds no config.json.")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"The configuration of {folder} cannot be used: {reason}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"{folder} is quantised; conmoe works on the full-precision checkpoint it was made from.")
+    return config
+
+
+def open_source(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    entries: dict[str, Entry] | None = None,
+) -> Source:
+    """Open a checkpoint by its headers alone and check that every tensor has its place.
+
+    Args:
+        folder: a local checkpoint folder.
+        dtype: in which to compute; None for the checkpoint's own.
+        experts_implementation: a name registered with Transformers; None for its default.
+        trust_remote_code: run modelling code that comes with the checkpoint.
+        entries: the headers, where they are known already.
+
+    Raises:
+        UsageError: no model, a dense model, or an unsupported family.
+        ConmoeError: a damaged checkpoint.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    entries = read_entries(folder) if entries is None else entries
+    model = _meta_model(config, dtype or _dtype_on_disk(config, entries), experts_implementation, trust_remote_code)
+    layers = moe_layers(model)
+    return Source(folder, config, model, entries, read_layout(model, entries), layers)
+
+
+class HiddenStates:
+    """The hidden states of all sequences before one layer and after it, in two files that change places."""
+
+    def __init__(self, folder: Path, sequences: int, seq_len: int, width: int, dtype: torch.dtype) -> None:
+        self._shape, self._dtype = (sequences, seq_len, width), dtype
+        self._row = seq_len * width * dtype.itemsize
+        self._files = (folder / "hidden-0.bin", folder / "hidden-1.bin")
+
+    def read(self, side: int, start: int, stop: int) -> Tensor:
+        """Sequences ``start .. stop`` of ``side`` (the parity of the layer that reads them)."""
+        out = torch.empty((stop - start, *self._shape[1:]), dtype=self._dtype)
+        with self._files[side % 2].open("rb") as stream:
+            stream.seek(start * self._row)
+            if stream.readinto(_bytes(out)) != out.nbytes:
+                raise ConmoeError(f"{self._files[side % 2]} ended early; delete its folder and start again.")
+        return out
+
+    def write(self, side: int, start: int, value: Tensor) -> None:
+        """Store the sequences from ``start`` on."""
+        file = self._files[side % 2]
+        with file.open("r+b" if file.exists() else "w+b") as stream:
+            stream.seek(start * self._row)
+            stream.write(_bytes(value.detach().to("cpu", self._dtype).contiguous()))
+
+
+@dataclass
+class Stream:
+    """A source and the token sequences that go through it; ``run`` moves them, ``logits`` reads the end."""
+
+    source: Source
+    ids_NS: Tensor
+    states: HiddenStates
+    device: torch.device
+    batch: int
+    _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        N = self.ids_NS.shape[0]
+        return ((start, min(start + self.batch, N)) for start in range(0, N, self.batch))
+
+    @torch.no_grad()
+    def run(
+        self,
+        around: Callable[[int, nn.Module], AbstractContextManager[Any]] = lambda index, layer: nullcontext(),
+        *,
+        start: int = 0,
+        before_batch: Callable[[int, int], None] = lambda first, last: None,
+        after_layer: Callable[[int], None] = lambda index: None,
+        advance: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """Take all sequences through the decoder layers from ``start`` on.
+
+        Args:
+            around: gives the context in which a layer runs, from its index and its module.
+            start: the first layer to run; its inputs must be there from an earlier run.
+            before_batch: is told which sequences go through the layer next.
+            after_layer: is told when all sequences have left a layer.
+            advance: is told how many tokens have passed one more layer.
+        """
+        path, layers = decoder_layers(self.source.model)
+        self._embed(start == 0)
+        with ThreadPoolExecutor(1) as reader:
+            pending = reader.submit(self._read, f"{path}.{start}.", layers[start]) if start < len(layers) else None
+            for index in range(start, len(layers)):
+                layer = layers[index]
+                assert pending is not None
+                weights, pending = pending.result(), None
+                layer.load_state_dict({name: value.to(self.device) for name, value in weights.items()}, assign=True)
+                del weights
+                if index + 1 < len(layers):
+                    pending = reader.submit(self._read, f"{path}.{index + 1}.", layers[index + 1])
+                with around(index, layer):
+                    for first, last in self.batches():
+                        before_batch(first, last)
+                        args, kwargs = self._calls[last - first, self.ids_NS.shape[1]][index]
+                        hidden = self.states.read(index, first, last).to(self.device)
+                        self.states.write(index + 1, first, layer(hidden, *args, **kwargs))
+                        advance((last - first) * self.ids_NS.shape[1])
+                _unload(layer)
+                after_layer(index)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Gives ``logits(hidden_BSD) -> logits_BSV``: the model's own final norm, head and scaling."""
+        _, layers = decoder_layers(self.source.model)
+        current: list[Tensor] = []
+
+        def passes(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return current[0]
+
+        def logits(hidden_BSD: Tensor) -> Tensor:
+            current[:] = [hidden_BSD.to(self.device)]
+            out: Tensor = self.source.model(inputs_embeds=current[0], use_cache=False).logits
+            return out
+
+        with torch.no_grad(), self._outside(), _replaced(layers, [passes] * len(layers)):
+            yield logits
+
+    def final(self, start: int, stop: int) -> Tensor:
+        """What left the last decoder layer, for sequences ``start .. stop``."""
+        return self.states.read(len(decoder_layers(self.source.model)[1]), start, stop)
+
+    def _embed(self, store: bool) -> None:
+        """Embed the tokens, and learn with which arguments the model calls each of its layers."""
+        _, layers = decoder_layers(self.source.model)
+
+        def note(index: int, calls: list[Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append((args, kwargs))
+            if index == 0:
+                calls.insert(0, hidden)
+            if index + 1 == len(layers):
+                raise _Reached
+            return hidden
+
+        shapes: set[int] = set()
+        with self._outside():
+            for first, last in self.batches():
+                if not store and last - first in shapes:
+                    continue
+                shapes.add(last - first)
+                calls: list[Any] = []
+                with _replaced(layers, [partial(note, index, calls) for index in range(len(layers))]):
+                    try:
+                        self.source.model(input_ids=self.ids_NS[first:last].to(self.device), use_cache=False)
+                    except _Reached:
+                        pass
+                hidden = calls.pop(0)
+                self._calls.setdefault((last - first, self.ids_NS.shape[1]), calls)
+                if store:
+                    self.states.write(0, first, hidden)
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Modules outside the decoder layers get their weights when they are first called, and lose them at the end."""
+        model = self.source.model
+        path, _ = decoder_layers(model)
+        loaded: list[nn.Module] = []
+
+        def load(name: str, module: nn.Module, args: Any) -> None:
+            if any(value.is_meta for value in module.state_dict().values()):
+                weights = self._read(f"{name}.", module)
+                module.load_state_dict({key: value.to(self.device) for key, value in weights.items()}, assign=True)
+                loaded.append(module)
+
+        leaves = [
+            (name, module)
+            for name, module in model.named_modules()
+            if not f"{name}.".startswith(f"{path}.") and list(module.parameters(recurse=False))
+        ]
+        hooks = [module.register_forward_pre_hook(partial(load, name)) for name, module in leaves]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in loaded:
+                _unload(module)
+
+    def _read(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
+        return read_module(self.source.layout, self.source.model, prefix, module)
+
+
+@contextmanager
+def open_stream(
+    source: Source, ids_NS: Tensor, *, device: str | torch.device = "cpu", batch: int | None = None, work: Path | None = None
+) -> Iterator[Stream]:
+    """Prepare to run ``N`` sequences of ``S`` tokens through ``source``.
+
+    Args:
+        source: an opened checkpoint.
+        ids_NS: token ids, all sequences of one length, without padding.
+        device: where to compute.
+        batch: sequences per batch; by default as many as make about 4,096 tokens.
+        work: keep the hidden states in this folder, for a run that goes on later; by default a temporary one.
+    """
+    N, S = ids_NS.shape
+    device = torch.device(device)
+    for module in source.model.modules():
+        for name, value in module.named_buffers(recurse=False):
+            if not value.is_meta:
+                module._buffers[name] = value.to(device)
+    with tempfile.TemporaryDirectory(prefix="conmoe-", ignore_cleanup_errors=True) if work is None else nullcontext(work) as folder:
+        width = source.model.get_decoder().config.hidden_size
+        states = HiddenStates(Path(folder), N, S, width, source.model.dtype)
+        yield Stream(source, ids_NS, states, device, batch or max(1, BATCH_TOKENS // S))
+
+
+def _meta_model(
+    config: PretrainedConfig, dtype: torch.dtype, experts_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, computed buffers (rotary tables) real."""
+    options: dict[str, Any] = {"experts_implementation": experts_implementation} if experts_implementation else {}
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
+    except (ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"Model type {config.model_type!r} is not supported: {reason}") from error
+    owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
+    with torch.no_grad():
+        for name in owners:
+            module = model.get_submodule(name)
+            for key in module._non_persistent_buffers_set:
+                buffer = module._buffers[key]
+                if buffer is not None:
+                    module._buffers[key] = torch.empty_like(buffer, device="cpu")
+            model._init_weights(module)
+    return model.eval().requires_grad_(False)
+
+
+def _dtype_on_disk(config: PretrainedConfig, entries: dict[str, Entry]) -> torch.dtype:
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    return next((kinds[entry.dtype] for entry in entries.values() if entry.dtype in kinds), torch.float32)
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Give each layer another forward for a while."""
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _unload(module: nn.Module) -> None:
+    module.load_state_dict(
+        {name: torch.empty_like(value, device="meta") for name, value in module.state_dict().items()}, assign=True
+    )
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,113 @@
+"""After writing: the result is opened as a user would open it and compared with its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from conmoe.apply import check_plan
+from conmoe.checkpoint import disk_name
+from conmoe.forms import stored_experts
+from conmoe.moe import MoeLayer
+from conmoe.registry import Form
+from conmoe.shards import Entry, raw_chunks, read_tensor
+from conmoe.stream import Source, open_source, open_stream
+from conmoe.types import ConmoeError, Plan, ScopePlan
+
+
+def verify(
+    result: Path,
+    model: Path,
+    plan: Plan,
+    form: Form,
+    *,
+    trust_remote_code: bool = False,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Check that ``result`` is what ``plan`` says.
+
+    Its headers must describe a loadable model; every tensor that the plan keeps must equal the source's byte for byte;
+    maps must equal the plan's; a short text must run through it without NaN.
+
+    Raises:
+        ConmoeError: it is not.
+    """
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    check_plan(source, plan)
+    made = open_source(result, trust_remote_code=trust_remote_code)
+    scopes = {index: scope for scope in plan.scopes for index in scope.layers}
+    layers = {layer.index: layer for layer in source.layers}
+    for target, pieces in made.layout.sources.items():
+        layer = next((layer for layer in layers.values() if target.startswith(f"{layer.experts}.")), None)
+        scope = scopes.get(layer.index) if layer else None
+        if layer is not None and scope is not None:
+            for piece in pieces:
+                _check_expert(source, layer, scope, form, target, piece.entry, piece.pattern, piece.expert)
+                advance(piece.entry.nbytes)
+        elif target in source.layout.sources:
+            for new, old in zip(pieces, source.layout.sources[target], strict=True):
+                if new.entry.shape == old.entry.shape:
+                    _same(new.entry, old.entry)
+                advance(new.entry.nbytes)
+    if form == "shared":
+        for scope in plan.scopes:
+            _check_maps(source, made, layers, scope)
+    _check_forward(made)
+
+
+def _check_expert(
+    source: Source,
+    layer: MoeLayer,
+    scope: ScopePlan,
+    form: Form,
+    target: str,
+    entry: Entry,
+    pattern: str | None,
+    expert: int | None,
+) -> None:
+    """Each stored expert that is a copy must be one."""
+    stored = stored_experts(layer, scope, form)
+    name = target.removeprefix(f"{layer.experts}.")
+    by_index = {other.index: other for other in source.layers}
+    for slot in range(len(stored.prototype_S)) if expert is None else [expert]:
+        origin = stored.origin(slot)
+        if origin is None:
+            continue
+        home = by_index[scope.layers[origin // layer.logical]]
+        pieces = source.layout.sources[f"{home.experts}.{name}"]
+        number = origin % layer.logical
+        if expert is None:
+            old, row = pieces[0].entry, entry.nbytes // entry.shape[0]
+            _same(entry, old, slot * row, number * row, row)
+        else:
+            (old,) = [piece.entry for piece in pieces if piece.pattern == pattern and piece.expert == number]
+            _same(entry, old)
+
+
+def _same(new: Entry, old: Entry, new_start: int = 0, old_start: int = 0, nbytes: int | None = None) -> None:
+    length = new.nbytes if nbytes is None else nbytes
+    pairs = zip(raw_chunks(new, new_start, length), raw_chunks(old, old_start, length), strict=True)
+    if new.dtype != old.dtype or (nbytes is None and new.nbytes != old.nbytes) or any(a != b for a, b in pairs):
+        raise ConmoeError(f"{new.name} in {new.file} differs from the source's {old.name}; the result is damaged.")
+
+
+def _check_maps(source: Source, made: Source, layers: dict[int, MoeLayer], scope: ScopePlan) -> None:
+    W = len(scope.layers)
+    for position, index in enumerate(scope.layers):
+        for name, value in (("expert_map", scope.plan.assignment_E), ("expert_gain", scope.plan.gain_E.float())):
+            expected = value.view(W, -1)[position]
+            entry = made.entries[disk_name(source.model, f"{layers[index].router}.{name}", expected)]
+            if not torch.equal(read_tensor(entry), expected):
+                raise ConmoeError(f"{entry.name} in {entry.file} differs from the plan; the result is damaged.")
+
+
+def _check_forward(made: Source) -> None:
+    vocabulary = made.model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(16, dtype=torch.int64).remainder(vocabulary).unsqueeze(0)
+    with open_stream(made, ids) as stream:
+        stream.run()
+        with stream.head() as head:
+            if not bool(torch.isfinite(head(stream.final(0, 1))).all()):
+                raise ConmoeError(f"{made.folder} gives logits that are not finite.")
