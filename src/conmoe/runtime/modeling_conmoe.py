@@ -103,7 +103,8 @@ class ConsolidatedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        check_maps(model, info["missing_keys"])
+        resized = {key for key, *_ in info["mismatched_keys"]}
+        check_maps(model, set(info["missing_keys"]) | resized)
         return loaded if output_loading_info else model
 
 
@@ -120,10 +121,12 @@ def routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module
 
 
 def check_maps(model: nn.Module, missing: set[str]) -> None:
-    """Refuse a checkpoint whose routers would point to experts that are not there."""
+    """Refuse a checkpoint whose routers would point to experts that are not there; ``missing`` ones were not loaded."""
     absent = sorted(key for key in missing if key.endswith((".expert_map", ".expert_gain")))
     if absent:
-        raise ValueError(f"The checkpoint is not a complete consolidated one: it lacks {', '.join(absent)}.")
+        raise ValueError(
+            f"The checkpoint lacks {', '.join(absent)}, or has them in a length that is not its expert count."
+        )
     for name, experts, router in routed_experts(model):
         map_E, size = router.get_buffer("expert_map"), len(next(experts.parameters()))
         if map_E.is_meta:
