@@ -1,0 +1,135 @@
+"""Small random MoE layers, observed by a loop that shares no code with the package: one token, one slot at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from conmoe.types import Experts, LayerPlan, LayerStatistics, Routing, TokenSample
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Experts, the tokens ``x_TD`` they saw, how those were routed, and what a naive loop observed."""
+
+    experts: Experts
+    x_TD: Tensor
+    routing: Routing
+    statistics: LayerStatistics
+
+
+def swiglu(gate_nI: Tensor, up_nI: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate_nI) * up_nI
+
+
+def random_experts(
+    E: int, D: int = 16, width: int = 12, *, seed: int = 0, dtype: torch.dtype = torch.float32, bias: bool = False
+) -> Experts:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    weights = draw(E, width, D), draw(E, width, D), draw(E, D, width)
+    return Experts(*weights, swiglu, *((draw(E, width), draw(E, width), draw(E, D)) if bias else ()))
+
+
+def with_rows(experts: Experts, source_E: list[int]) -> Experts:
+    """Expert ``e`` becomes a copy of expert ``source_E[e]``."""
+    return replace(
+        experts,
+        gate_EID=experts.gate_EID[source_E],
+        up_EID=experts.up_EID[source_E],
+        down_EDI=experts.down_EDI[source_E],
+    )
+
+
+def answer(experts: Experts, expert: int, x_D: Tensor) -> Tensor:
+    """One expert's output for one token, from the formula."""
+
+    def product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        return weight[expert] @ x + (0 if bias is None else bias[expert])
+
+    gate = product(experts.gate_EID, experts.gate_bias_EI, x_D)
+    up = product(experts.up_EID, experts.up_bias_EI, x_D)
+    return product(experts.down_EDI, experts.down_bias_ED, gate / (1 + torch.exp(-gate)) * up)
+
+
+#: What one token adds to expert ``e``'s row, from its gate and output.
+PER_EXPERT: Mapping[str, Callable[[float, Tensor], Tensor | float]] = {
+    "count": lambda gate, y_D: 1,
+    "gate": lambda gate, y_D: gate,
+    "gate_squared": lambda gate, y_D: gate * gate,
+    "norm": lambda gate, y_D: y_D.norm(),
+    "norm_squared": lambda gate, y_D: y_D.norm() ** 2,
+    "gate_norm": lambda gate, y_D: gate * y_D.norm(),
+    "gate_norm_squared": lambda gate, y_D: gate**2 * y_D.norm() ** 2,
+    "output": lambda gate, y_D: y_D,
+    "output_squared": lambda gate, y_D: y_D**2,
+    "peak": lambda gate, y_D: y_D.abs().max(),
+}
+
+
+def observe(experts: Experts, *, k: int = 2, T: int = 80, seed: int = 0, unused: tuple[int, ...] = ()) -> Layer:
+    """Route ``T`` random tokens by a random softmax router (never to ``unused``) and add everything up by hand."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    E, _, D = experts.gate_EID.shape
+    x_TD = torch.randn(T, D, generator=generator)
+    logits_TE = x_TD @ torch.randn(D, E, generator=generator)
+    logits_TE[:, list(unused)] -= 1000.0
+    weight_Tk, index_Tk = logits_TE.softmax(dim=-1).topk(k)
+    routing = Routing(index_Tk, weight_Tk, logits_TE, E)
+    sample = TokenSample(x_TD, index_Tk.int(), weight_Tk, logits_TE, torch.rand(T, generator=generator))
+    statistics = LayerStatistics(T, naive_sums(experts, x_TD, routing), sample, torch.zeros(E, dtype=torch.int64))
+    return Layer(experts, x_TD, routing, statistics)
+
+
+def naive_sums(experts: Experts, x_TD: Tensor, routing: Routing) -> dict[str, Tensor]:
+    E, D = routing.experts, x_TD.shape[1]
+    wide = {"output", "output_squared"}
+    sums = {name: torch.zeros((E, D) if name in wide else (E,), dtype=torch.float64) for name in PER_EXPERT}
+    sums |= {"pair": torch.zeros(E, E).double(), "logit": torch.zeros(E).double()}
+    sums["logit_gram"] = torch.zeros(E, E).double()
+    for x_D, chosen, gates, z_E in zip(x_TD, routing.index_Tk, routing.weight_Tk, routing.logits_TE, strict=True):
+        for expert, gate in zip(chosen.tolist(), gates.tolist(), strict=True):
+            y_D = answer(experts, expert, x_D).double()
+            for name, added in PER_EXPERT.items():
+                row = torch.as_tensor(added(gate, y_D), dtype=torch.float64)
+                sums[name][expert] = (
+                    torch.maximum(sums[name][expert], row) if name == "peak" else sums[name][expert] + row
+                )
+        for i, j in combinations_with_replacement(chosen.tolist(), 2):
+            sums["pair"][i, j] += 1
+            sums["pair"][j, i] += i != j
+        sums["logit"] += z_E
+        sums["logit_gram"] += torch.outer(z_E.double(), z_E.double())
+    return sums
+
+
+def layer_output(layer: Layer, plan: LayerPlan | None = None) -> Tensor:
+    """``y_t = sum over slots of g * E(x)``; with a plan, its one-hot prototypes answer and dropped slots are silent."""
+    E = layer.routing.experts
+    source_E = list(range(E)) if plan is None else sources(plan)
+    y_TD = torch.zeros_like(layer.x_TD)
+    slots = zip(layer.x_TD, layer.routing.index_Tk, layer.routing.weight_Tk, strict=True)
+    for token, (x_D, chosen, gates) in enumerate(slots):
+        for expert, gate in zip(chosen.tolist(), gates.tolist(), strict=True):
+            if source_E[expert] >= 0:
+                y_TD[token] += gate * answer(layer.experts, source_E[expert], x_D)
+    return y_TD
+
+
+def sources(plan: LayerPlan) -> list[int]:
+    """The source expert that answers for each logical expert, -1 where it was dropped; recipes must be one-hot."""
+    kept = [row.nonzero().flatten().tolist() for row in plan.mixing_KE]
+    assert all(len(members) == 1 for members in kept)
+    return [kept[prototype][0] if prototype >= 0 else -1 for prototype in plan.assignment_E.tolist()]
+
+
+def recipes(plan: LayerPlan) -> Tensor:
+    """``[E, E]``: what each logical expert is now made of; all zero where it was dropped."""
+    return plan.mixing_KE.double()[plan.assignment_E] * (plan.assignment_E >= 0).unsqueeze(1)

@@ -1,0 +1,118 @@
+"""What every registered method promises, on the day it arrives (design, section 8)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conmoe.ops import experts as expert_ops
+from conmoe.ops import plans, subsets
+from conmoe.registry import Method, bind_options, methods
+from conmoe.types import LayerPlan
+from tests.layers import Layer, layer_output, observe, random_experts, recipes, with_rows
+
+REGISTERED = list(methods().values())
+#: Methods that do not look at the experts cannot follow their labels.
+BLIND = {"random"}
+
+every_method = pytest.mark.parametrize("method", REGISTERED, ids=lambda method: method.name)
+
+
+def run(method: Method, layer: Layer, keep: int) -> LayerPlan:
+    return method.function(layer.statistics, layer.experts, keep, **bind_options(method, {}))
+
+
+@every_method
+@pytest.mark.parametrize("keep", [1, 3, 7, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_plan_is_valid_and_deterministic(method: Method, keep: int, bias: bool):
+    layer = observe(random_experts(8, bias=bias))
+    plan, again = run(method, layer, keep), run(method, layer, keep)
+    assert plan.mixing_KE.shape == (keep, 8)
+    assert torch.equal(plan.assignment_E, again.assignment_E)
+    assert torch.equal(plan.mixing_KE, again.mixing_KE)
+    assert set(plan.assignment_E.tolist()) - {plans.DROPPED} == set(range(keep)), "a prototype that nobody uses"
+    assert all(score.shape == (8,) and torch.isfinite(score).all() for score in plan.scores.values())
+
+
+@every_method
+def test_keeping_everything_is_the_identity(method: Method):
+    plan = run(method, observe(random_experts(6)), 6)
+    assert plan.assignment_E.tolist() == list(range(6))
+    assert torch.equal(plan.mixing_KE, torch.eye(6, dtype=plan.mixing_KE.dtype))
+    assert torch.equal(plan.gain_E, torch.ones(6, dtype=plan.gain_E.dtype))
+    assert not plan.weights
+
+
+@every_method
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_relabelling_experts_relabels_the_plan(method: Method, seed: int):
+    if method.name in BLIND:
+        pytest.skip("does not look at the experts")
+    layer = observe(random_experts(8, seed=seed), seed=seed, T=200)
+    assert layer.statistics.sums["count"].unique().numel() == 8, "ties go to the lower label; pick another seed"
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+    renamed = Layer(
+        expert_ops.select(layer.experts, order),
+        layer.x_TD,
+        layer.routing,
+        subsets.restrict(layer.statistics, order),
+    )
+    recipe_EE = recipes(run(method, layer, 4))
+    torch.testing.assert_close(recipes(run(method, renamed, 4)), recipe_EE[order][:, order], rtol=1e-6, atol=1e-9)
+
+
+@every_method
+def test_unused_experts_survive(method: Method):
+    layer = observe(random_experts(8), unused=(0, 3, 5))
+    for keep in (2, 5, 6):
+        plan = run(method, layer, keep)
+        assert all(torch.isfinite(score).all() for score in plan.scores.values())
+        assert torch.isfinite(recipes(plan)).all()
+    kept = run(method, layer, 5).mixing_KE.argmax(dim=1).tolist()
+    if method.name not in BLIND:
+        assert kept == [1, 2, 4, 6, 7], "an unused expert took the place of a used one"
+
+
+@every_method
+def test_a_layer_without_any_tokens_is_still_planned(method: Method):
+    layer = observe(random_experts(6), T=8)
+    silent = {name: torch.zeros_like(tensor) for name, tensor in layer.statistics.sums.items()}
+    statistics = type(layer.statistics)(0, silent, layer.statistics.sample, layer.statistics.owner_E)
+    plan = run(method, Layer(layer.experts, layer.x_TD, layer.routing, statistics), 3)
+    assert torch.isfinite(recipes(plan)).all()
+
+
+@every_method
+@pytest.mark.parametrize("seed", range(3))
+def test_duplicated_experts_are_lossless_where_promised(method: Method, seed: int):
+    if not method.promises_lossless_duplicates:
+        pytest.skip("not promised")
+    layer = observe(with_rows(random_experts(8, seed=seed), [0, 1, 2, 0, 1, 2, 6, 6]), seed=seed)
+    plan = run(method, layer, 4)
+    torch.testing.assert_close(layer_output(layer, plan), layer_output(layer))
+
+
+@every_method
+def test_parts_of_a_layer_are_planned_and_joined(method: Method):
+    layer = observe(random_experts(9), k=3)
+    parts = [torch.tensor([0, 2, 4, 6]), torch.tensor([1, 3, 5, 7])]
+    planned = []
+    for subset in parts:
+        statistics = subsets.restrict(layer.statistics, subset)
+        planned.append(
+            run(method, Layer(expert_ops.select(layer.experts, subset), layer.x_TD, layer.routing, statistics), 2)
+        )
+    joined = plans.embed([*planned, plans.identity(1)], [*parts, torch.tensor([8])], 9, experts=layer.experts)
+    recipe_EE = recipes(joined)
+    assert joined.mixing_KE.shape == (5, 9)
+    assert recipe_EE[8].tolist() == [0.0] * 8 + [1.0]
+    assert not recipe_EE[parts[0]][:, parts[1]].any()
+    assert not recipe_EE[parts[1]][:, parts[0]].any()
+
+
+@every_method
+def test_methods_explain_themselves(method: Method):
+    assert method.help
+    assert method.paper
+    assert all(option.help for option in method.options.values())
