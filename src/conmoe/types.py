@@ -140,7 +140,7 @@ class LayerPlan:
         _require(self.assignment_E.dtype == torch.int64, "the assignment must be int64")
         _require(K >= 1, "at least one prototype must be kept")
         lowest, highest = int(self.assignment_E.min()), int(self.assignment_E.max())
-        _require(-1 <= lowest and highest < K, f"the assignment points outside the {K} prototypes")
+        _require(lowest >= -1 and highest < K, f"the assignment points outside the {K} prototypes")
         _require(bool(torch.isfinite(self.mixing_KE).all()), "a prototype's recipe is not finite")
         _require(bool(torch.isfinite(self.gain_E).all()), "a gain is not finite")
         _require(bool((self.mixing_KE != 0).any(dim=1).all()), "a prototype is made of nothing")
