@@ -3,7 +3,7 @@
     python benchmarks/vllm_check.py CHECKPOINT... [--output results.json]
 
 A ``shared`` checkpoint is served twice, by remote code without our plugin and by our plugin without remote code; the
-log must say that vLLM left the routing to the model. Any other checkpoint is served once, by vLLM's own class of its
+log must not say that vLLM took the routing from the model. Any other checkpoint is served once, by vLLM's own class of its
 family. Every run has a process of its own; the exit code is 1 unless every token of every run agrees.
 """
 
@@ -30,7 +30,8 @@ PROMPTS = (
     "Q: Why is the sky blue?\nA:",
 )
 NEW_TOKENS = 24
-EXTERNAL = "(external routing)"
+#: what vLLM says it did with the experts -> who chooses among them
+ROUTING = {"(internal routing)": "vLLM", "(external routing)": "external"}
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -71,12 +72,12 @@ def check(folder: Path, route: str) -> dict[str, Any]:
     gaps = [ours["gaps"][i][same] for i, same in enumerate(equal) if same < NEW_TOKENS]
     row |= {
         "architecture": theirs["architecture"],
-        "external_routing": EXTERNAL in log,
+        "routing": next((who for line, who in ROUTING.items() if line in log), "not fused"),
         "equal": sum(equal),
         "total": NEW_TOKENS * len(equal),
         "gaps_where_split": gaps,  # between Transformers' two best logits; small ones are ties decided by rounding
     }
-    return {**row, "ok": sum(equal) == row["total"] and (route == "stock" or row["external_routing"])}
+    return {**row, "ok": sum(equal) == row["total"] and (route == "stock" or row["routing"] != "vLLM")}
 
 
 def decode_vllm(folder: str, remote_code: bool, prompts: list[list[int]]) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         if "error" in row:
             lines.append(f"| {row['checkpoint']} | {row['route']} | - | - | failed | no |\n{row['error']}")
             continue
-        routing = "external" if row["external_routing"] else "vLLM's own"
+        routing = "native" if row["route"] == "stock" else row["routing"]
         count = f"{row['equal']} / {row['total']}"
         verdict = "yes" if row["ok"] else "no"
         lines.append(

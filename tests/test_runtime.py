@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from conmoe.runtime import COUNT_FIELDS, FAMILIES, class_names, packaged_files, register, register_family, shared_config
+from conmoe.runtime import (
+    COUNT_FIELDS,
+    FAMILIES,
+    class_names,
+    modeling_conmoe,
+    packaged_files,
+    register,
+    register_family,
+    shared_config,
+)
 from conmoe.types import ConmoeError
 from tests.by_hand import MAP, write_expanded, write_scope, write_shared
 from tests.families import EXPERTS, TINY, save_tiny, tiny_model
@@ -258,6 +267,27 @@ def test_a_pool_of_a_scope_may_exceed_the_experts_of_a_layer(tmp_path):
         layer.mlp.gate.expert_map.copy_(torch.arange(3, 11))
     model.save_pretrained(tmp_path / "wide")
     assert torch.equal(logits(load(tmp_path / "wide")), logits(model.eval()))
+
+
+def test_vllm_may_not_run_layers_that_share_a_pool(scoped):
+    config = AutoConfig.from_pretrained(scoped)
+    config._attn_implementation = "vllm"
+    with torch.device("meta"), pytest.raises(ValueError, match="vLLM cannot serve"):
+        AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_router_of_older_releases_puts_indices_first(first):
+    class Router(torch.nn.Module):
+        def forward(self):
+            output = torch.zeros(1, 8), torch.tensor([[0.5, 0.25]]), torch.tensor([[3, 6]])
+            return output[::-1] if first else output
+
+    router = Router()
+    modeling_conmoe._remap(router, 8, 5)
+    router.expert_gain[6] = 2
+    output = router()[::-1] if first else router()
+    assert [tensor.tolist() for tensor in output[1:]] == [[[0.5, 0.5]], [[3, 1]]]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -168,7 +168,9 @@ def _expert_outputs(
                     entry = tables[origin // layer.logical][origin % layer.logical]
                     yield Output(output_name, like.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
                 else:
-                    make = partial(_computed_part, source, scope, stored, slot, name, part, len(converter.source_patterns))
+                    make = partial(
+                        _computed_part, source, scope, stored, slot, name, part, len(converter.source_patterns)
+                    )
                     yield tensor_output(output_name, like.dtype, like.shape, make)
     else:
         raise UsageError(f"{target} is stored in a layout that conmoe reads but does not write yet.")
@@ -179,9 +181,7 @@ def _by_expert(source: Source, target: str, pattern: str) -> dict[int, Entry]:
     return {int(piece.expert or 0): piece.entry for piece in pieces if piece.pattern == pattern}
 
 
-def _fused(
-    source: Source, like: Entry, targets: list[str], name: str, stored: Stored, scope: ScopePlan
-) -> Output:
+def _fused(source: Source, like: Entry, targets: list[str], name: str, stored: Stored, scope: ScopePlan) -> Output:
     """One tensor that holds all stored experts, put together row by row."""
     entries = [source.layout.sources[target][0].entry for target in targets]
     E, slots = like.shape[0], len(stored.prototype_S)

@@ -167,9 +167,7 @@ def write_layer(folder: Path, layer: int, statistics: LayerStatistics) -> None:
     tensors = {f"sum.{name}": value for name, value in statistics.sums.items()}
     sample = statistics.sample
     tensors |= {f"sample.{name}": getattr(sample, name) for name in TokenSample.__dataclass_fields__}
-    data = serialize(
-        {name: value.contiguous() for name, value in tensors.items()}, {"tokens": str(statistics.tokens)}
-    )
+    data = serialize({name: value.contiguous() for name, value in tensors.items()}, {"tokens": str(statistics.tokens)})
     write_atomic(layer_file(folder, layer), data)
 
 
@@ -216,7 +214,9 @@ def plan_record(plan: Plan) -> PlanRecord:
             prototypes=scope.plan.mixing_KE.shape[0],
             kept=tuple(kept_experts(scope.plan)),
             assignment=tuple(scope.plan.assignment_E.tolist()),
-            predicted_error=None if scope.plan.predicted_error != scope.plan.predicted_error else scope.plan.predicted_error,
+            predicted_error=None
+            if scope.plan.predicted_error != scope.plan.predicted_error
+            else scope.plan.predicted_error,
         )
         for scope in plan.scopes
     )

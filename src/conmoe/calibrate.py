@@ -36,7 +36,7 @@ from conmoe.moe import MoeLayer
 from conmoe.observe import IMPLEMENTATION, Observer, observed
 from conmoe.parallel import Ranks
 from conmoe.registry import statistics as registered_statistics
-from conmoe.stream import Source, Stream, open_source, open_stream
+from conmoe.stream import Source, open_source, open_stream
 from conmoe.types import LayerStatistics, TokenSample, UsageError
 
 Advance = Callable[[int], None]
@@ -205,7 +205,9 @@ def _first_unfinished(source: Source, out: Path, work: Path, ranks: Ranks) -> in
     progress = work / "next"
     reached = int(progress.read_text()) if progress.is_file() else 0
     reached = ranks.minimum(reached)
-    lost = [layer.index for layer in source.layers if layer.index < reached and not layer_file(out, layer.index).exists()]
+    lost = [
+        layer.index for layer in source.layers if layer.index < reached and not layer_file(out, layer.index).exists()
+    ]
     return 0 if lost else reached
 
 

@@ -54,7 +54,9 @@ Seed = Annotated[int, typer.Option(help="Chooses the documents and the token sam
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16, float16 or float32.")]
 Sample = Annotated[int, typer.Option(help="Tokens of each layer's sample, which functional distances are measured on.")]
-Keep = Annotated[str, typer.Option(help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep.")]
+Keep = Annotated[
+    str, typer.Option(help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep.")
+]
 MethodName = Annotated[str, typer.Option("--method", help="See conmoe methods.")]
 Options = Annotated[
     list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method. Repeatable.")
@@ -103,7 +105,10 @@ def inspect(model: Model, json: Json = False, trust_remote_code: Remote = False)
             f"{console.quantity(found.parameters)}, {console.quantity(found.active_parameters)}",
         ),
         ("size, in routed experts", f"{size(found.total_bytes)}, {found.routed_share:.1%}"),
-        *((f"--keep {s.keep}", f"{s.experts} experts, {size(s.bytes)} (saves {size(s.saved_bytes)})") for s in found.savings),
+        *(
+            (f"--keep {s.keep}", f"{s.experts} experts, {size(s.bytes)} (saves {size(s.saved_bytes)})")
+            for s in found.savings
+        ),
         ("legal counts, sliced form", _ranges(found.legal_sliced_counts)),
         ("memory to compress, about", size(found.estimated_peak_bytes)),
         ("time to calibrate on this CPU, about", f"{found.estimated_seconds:.0f} s for 16,384 tokens"),
@@ -118,7 +123,9 @@ def list_methods(json: Json = False) -> None:
         console.emit({name: _method_json(name) for name in methods()})
         return
     for name, item in methods().items():
-        console.stdout.print(f"[bold]{name}[/]  ({item.paper}; {item.form} form; needs {', '.join(item.needs) or 'nothing'})")
+        console.stdout.print(
+            f"[bold]{name}[/]  ({item.paper}; {item.form} form; needs {', '.join(item.needs) or 'nothing'})"
+        )
         console.stdout.print(f"  {item.help.splitlines()[0]}")
         for option in item.options.values():
             choices = f" one of {', '.join(map(str, option.choices))};" if option.choices else ""
@@ -154,7 +161,9 @@ def calibrate(
 
 @app.command("merge-stats")
 def merge_stats(
-    statistics: Annotated[list[Path], typer.Argument(metavar="STATS... OUT", help="Statistics to add, then the output.")],
+    statistics: Annotated[
+        list[Path], typer.Argument(metavar="STATS... OUT", help="Statistics to add, then the output.")
+    ],
     force: Force = False,
 ) -> None:
     """Add up statistics of one model over different texts.
@@ -243,7 +252,9 @@ def compress(
         list[str] | None,
         typer.Option("--eval-data", metavar="SPEC", help="Held-out text to measure on; by default built-in text."),
     ] = None,
-    evaluate_tokens: Annotated[int, typer.Option("--eval-tokens", help="Tokens to measure on; 0 measures nothing.")] = 8192,
+    evaluate_tokens: Annotated[
+        int, typer.Option("--eval-tokens", help="Tokens to measure on; 0 measures nothing.")
+    ] = 8192,
     work: Annotated[
         Path | None,
         typer.Option(help="Keep statistics and plan here for other runs; by default OUT.work, removed at the end."),
@@ -325,7 +336,12 @@ def evaluate(
         )
     if Ranks.join().rank:
         return
-    record = {"model": str(model), "against": against, "data": [part.source for part in text.sources], **found.as_json()}
+    record = {
+        "model": str(model),
+        "against": against,
+        "data": [part.source for part in text.sources],
+        **found.as_json(),
+    }
     if output:
         conmoe.write_json(output, record)
     if json:

@@ -35,7 +35,13 @@ class Bars:
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """A bar that is told what was done; a total of 0 means that it is not known beforehand."""
         began = time.perf_counter()
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), _Rate(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=stderr, transient=True) as progress:
             task = progress.add_task(name, total=total or None, unit=unit)
             yield lambda amount: progress.advance(task, amount)

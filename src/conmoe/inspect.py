@@ -59,9 +59,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(
-    model: Path, *, trust_remote_code: bool = False, entries: dict[str, Entry] | None = None
-) -> Inspection:
+def inspect(model: Path, *, trust_remote_code: bool = False, entries: dict[str, Entry] | None = None) -> Inspection:
     """Look at a checkpoint without loading a weight; ``entries`` are its headers, where they are not in the folder.
 
     Raises:

@@ -47,7 +47,9 @@ def locate_headers(model: str) -> tuple[Path, dict[str, Entry] | None]:
     folder = _asked(model, lambda: Path(snapshot_download(model, allow_patterns=_SMALL)))
     metadata = _asked(model, lambda: get_safetensors_metadata(model))
     entries = {
-        name: Entry(name, info.dtype, tuple(info.shape), folder / file, info.data_offsets[0], _length(info.data_offsets))
+        name: Entry(
+            name, info.dtype, tuple(info.shape), folder / file, info.data_offsets[0], _length(info.data_offsets)
+        )
         for file, part in metadata.files_metadata.items()
         for name, info in part.tensors.items()
     }

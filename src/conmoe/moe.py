@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from conmoe.runtime import COUNT_FIELDS
 from conmoe.types import Experts, UsageError
 
+
 @dataclass(frozen=True, slots=True)
 class MoeLayer:
     """One MoE layer of a model: where its parts are in the module tree, and its numbers."""
@@ -47,7 +48,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     prefix = next(name for name, module in model.named_modules() if module is base)
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise UsageError(f"{type(model).__name__} has no list of decoder layers named 'layers'; conmoe cannot stream it.")
+        raise UsageError(
+            f"{type(model).__name__} has no list of decoder layers named 'layers'; conmoe cannot stream it."
+        )
     return f"{prefix}.layers" if prefix else "layers", layers
 
 
@@ -128,10 +131,14 @@ def _moe_layer(model: PreTrainedModel, index: int, decoder: str, experts: str, m
     if not module.has_gate or module.has_post_expert_norm:
         raise UsageError(f"The experts of model type {kind!r} are not gated MLPs of the common form; not supported.")
     gate = getattr(block, router)
-    logical = int(getattr(model.config, "num_logical_experts", None) or getattr(model.config, count_field(model.config)))
+    logical = int(
+        getattr(model.config, "num_logical_experts", None) or getattr(model.config, count_field(model.config))
+    )
     top_k = getattr(gate, "top_k", None) or getattr(block, "top_k", None)
     if not isinstance(top_k, int):
-        raise UsageError(f"The router of model type {kind!r} does not say how many experts a token gets; not supported.")
+        raise UsageError(
+            f"The router of model type {kind!r} does not say how many experts a token gets; not supported."
+        )
     grouped = getattr(gate, "topk_method", "group_limited_greedy") == "group_limited_greedy"
     groups = int(getattr(gate, "num_group", None) or 1) if grouped else 1
     used = int(getattr(gate, "topk_group", None) or 1) if groups > 1 else 1

@@ -17,7 +17,15 @@ from torch import Tensor
 from conmoe import __version__
 from conmoe.allocate import experts_kept, parse_keep, uniform
 from conmoe.apply import read_experts
-from conmoe.artifacts import Manifest, building, checkpoint_fingerprint, plan_record, read_layer, read_manifest, write_plan
+from conmoe.artifacts import (
+    Manifest,
+    building,
+    checkpoint_fingerprint,
+    plan_record,
+    read_layer,
+    read_manifest,
+    write_plan,
+)
 from conmoe.artifacts import fingerprint as fingerprint_of
 from conmoe.forms import check_groups
 from conmoe.moe import MoeLayer

@@ -142,7 +142,9 @@ def write_shards(
     A shard gets its name only when all of it is on disk, so a file under its final name is whole.
     """
     shards = _partition(outputs, shard_bytes)
-    names = [SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [
+        SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
+    ]
     for name, shard in zip(names, shards, strict=True):
         target = folder / name
         if target.exists():

@@ -260,7 +260,12 @@ class Stream:
 
 @contextmanager
 def open_stream(
-    source: Source, ids_NS: Tensor, *, device: str | torch.device = "cpu", batch: int | None = None, work: Path | None = None
+    source: Source,
+    ids_NS: Tensor,
+    *,
+    device: str | torch.device = "cpu",
+    batch: int | None = None,
+    work: Path | None = None,
 ) -> Iterator[Stream]:
     """Prepare to run ``N`` sequences of ``S`` tokens through ``source``.
 
@@ -277,7 +282,11 @@ def open_stream(
         for name, value in module.named_buffers(recurse=False):
             if not value.is_meta:
                 module._buffers[name] = value.to(device)
-    with tempfile.TemporaryDirectory(prefix="conmoe-", ignore_cleanup_errors=True) if work is None else nullcontext(work) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="conmoe-", ignore_cleanup_errors=True)
+        if work is None
+        else nullcontext(work) as folder
+    ):
         width = source.model.get_decoder().config.hidden_size
         states = HiddenStates(Path(folder), N, S, width, source.model.dtype)
         yield Stream(source, ids_NS, states, device, batch or max(1, BATCH_TOKENS // S))

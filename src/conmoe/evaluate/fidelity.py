@@ -101,9 +101,13 @@ def check_vocabularies(sources: list[Source], data: TokenData) -> None:
     """Raise a UsageError unless all models can read the tokens and be compared."""
     sizes = [int(source.model.get_input_embeddings().weight.shape[0]) for source in sources]
     if len(set(sizes)) > 1:
-        raise UsageError(f"The two models have vocabularies of {sizes[0]} and {sizes[1]} tokens; they cannot be compared.")
+        raise UsageError(
+            f"The two models have vocabularies of {sizes[0]} and {sizes[1]} tokens; they cannot be compared."
+        )
     if int(data.ids_NS.max()) >= sizes[0]:
-        raise UsageError(f"The text has token ids beyond the model's vocabulary of {sizes[0]}; the tokenizer does not fit.")
+        raise UsageError(
+            f"The text has token ids beyond the model's vocabulary of {sizes[0]}; the tokenizer does not fit."
+        )
 
 
 def _score(streams: list[Stream], ids_NS: Tensor) -> Tensor:
@@ -116,7 +120,9 @@ def _score(streams: list[Stream], ids_NS: Tensor) -> Tensor:
             totals = torch.zeros(4, dtype=torch.float64)
             for start in range(0, len(ids_S), LOGIT_TOKENS):
                 chunk = slice(start, start + LOGIT_TOKENS)
-                logp = [head(final[:, chunk])[0].float().log_softmax(-1) for head, final in zip(heads, finals, strict=True)]
+                logp = [
+                    head(final[:, chunk])[0].float().log_softmax(-1) for head, final in zip(heads, finals, strict=True)
+                ]
                 totals += _chunk_totals(logp, ids_S[start + 1 : start + LOGIT_TOKENS + 1])
             S = len(ids_S)
             rows.append(totals / torch.tensor([S - 1, S - 1, S, S]))

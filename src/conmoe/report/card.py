@@ -60,7 +60,11 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
     ]
     if is_approximate(plan, form):
         lines += ["", "**Approximation:** the plan redirects experts, and cutting router rows drops them instead."]
-    lines += ["", "Not tested by the tool: tasks, generation quality, safety, languages outside the calibration text.", ""]
+    lines += [
+        "",
+        "Not tested by the tool: tasks, generation quality, safety, languages outside the calibration text.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -77,6 +77,9 @@ class ConsolidatedModel(PreTrainedModel):
 
     def _consolidate(self, logical: int, prototypes: int) -> None:
         pools = getattr(self.config, "expert_pools", None) or {}
+        if self.config._attn_implementation == "vllm" and any(int(layer) != pools[layer][0] for layer in pools):
+            # Its loader would leave the layers that store no experts of their own uninitialised, without a word.
+            raise ValueError("vLLM cannot serve layers that share their experts: write the expanded form instead.")
         ties: dict[str, str] = {}
         for name, experts, router in list(routed_experts(self)):
             layer = _decoder_layer(name)
@@ -177,9 +180,14 @@ class RemappingRouter(nn.Module):
     expert_gain: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        *logits, weight_Tk, index_Tk = super().forward(*args, **kwargs)
-        gain_Tk = self.expert_gain[index_Tk].to(weight_Tk.dtype)
-        return (*logits, weight_Tk * gain_Tk, self.expert_map[index_Tk])
+        first, weight_Tk, last = super().forward(*args, **kwargs)
+        # (logits, weights, indices), except that some families of older releases put the indices first.
+        if last.is_floating_point():
+            return self.expert_map[first], self._gated(weight_Tk, first), last
+        return first, self._gated(weight_Tk, last), self.expert_map[last]
+
+    def _gated(self, weight_Tk: Tensor, index_Tk: Tensor) -> Tensor:
+        return weight_Tk * self.expert_gain[index_Tk].to(weight_Tk.dtype)
 
 
 def _config_class(stock: Any, module: str) -> Any:

@@ -18,7 +18,7 @@ def output(routed: Routed) -> Tensor:
 @statistic("output_squared", per="expert", shape="ED")
 def output_squared(routed: Routed) -> Tensor:
     """Sum of E_j(x)^2 per channel: with the sum of outputs, their exact variance."""
-    return routed.output_nD.float().square_().sum(dim=0).double()
+    return routed.output_nD.float().square().sum(dim=0).double()
 
 
 @statistic("peak", per="expert", shape="E", reduce="max")
