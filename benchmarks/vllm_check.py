@@ -3,8 +3,8 @@
     python benchmarks/vllm_check.py CHECKPOINT... [--output results.json]
 
 A ``shared`` checkpoint is served twice, by remote code without our plugin and by our plugin without remote code; the
-log must not say that vLLM took the routing from the model. Any other checkpoint is served once, by vLLM's own class of its
-family. Every run has a process of its own; the exit code is 1 unless every token of every run agrees.
+log must not say that vLLM took the routing from the model. Any other checkpoint is served once, by vLLM's own class of
+its family. Every run has a process of its own; the exit code is 1 unless every token of every run agrees.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ class ConsolidatedModel(PreTrainedModel):
     _pool_ties: Mapping[str, str] = MappingProxyType({})  # parameter that shares a pool -> parameter that owns it
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        _refuse_unfit_engine(config)
         field = count_field(config)
         prototypes = getattr(config, field)
         logical = getattr(config, "num_logical_experts", None) or prototypes
@@ -77,9 +78,6 @@ class ConsolidatedModel(PreTrainedModel):
 
     def _consolidate(self, logical: int, prototypes: int) -> None:
         pools = getattr(self.config, "expert_pools", None) or {}
-        if self.config._attn_implementation == "vllm" and any(int(layer) != pools[layer][0] for layer in pools):
-            # Its loader would leave the layers that store no experts of their own uninitialised, without a word.
-            raise ValueError("vLLM cannot serve layers that share their experts: write the expanded form instead.")
         ties: dict[str, str] = {}
         for name, experts, router in list(routed_experts(self)):
             layer = _decoder_layer(name)
@@ -140,6 +138,13 @@ def check_maps(model: nn.Module, missing: set[str]) -> None:
                 f"The expert_map of the router of {name} names experts {lowest} to {highest}, "
                 f"but the checkpoint stores experts 0 to {size - 1} there."
             )
+
+
+def _refuse_unfit_engine(config: PretrainedConfig) -> None:
+    pools = getattr(config, "expert_pools", None) or {}
+    # vLLM would leave the layers that store no experts of their own uninitialised, without a word.
+    if config._attn_implementation == "vllm" and any(int(layer) != owner for layer, (owner, _) in pools.items()):
+        raise ValueError("vLLM cannot serve layers that share their experts: write the expanded form instead.")
 
 
 def _decoder_layer(name: str) -> int:
