@@ -65,7 +65,7 @@ def test_random_choice_follows_its_seed():
 def test_conmoe_minimises_the_contribution_weighted_cost(seed: int):
     layer = observe(random_experts(7, seed=seed), seed=seed)
     cost_EE = similarity.functional_distance(layer.statistics.sample, layer.experts)
-    score = torch.tensor([sum(g * y for g, y in slots) / len(slots) for slots in slots_of(layer)]).double()
+    score = torch.tensor([sum(g * y for g, y in slots) for slots in slots_of(layer)]).double()
 
     def value(kept: tuple[int, ...]) -> float:
         return float((score * cost_EE[:, list(kept)].amin(dim=1)).sum())
@@ -91,7 +91,10 @@ def duplicate_pairs() -> Layer:
 
 def test_product_rule_loses_both_of_a_pair_of_duplicates_where_coverage_loses_nothing():
     layer = duplicate_pairs()
-    lossy, lossless = (run(conmoe, layer, 2, selection=rule, distance="weight") for rule in ("product", "coverage"))
+    lossy, lossless = (
+        run(conmoe, layer, 2, selection=rule, distance="weight", contribution="mean")
+        for rule in ("product", "coverage")
+    )
     assert kept_by(lossy) == [0, 1]
     assert sources(lossless) == [0, 0, 2, 2]
     reference_TD = layer_output(layer)
@@ -111,7 +114,7 @@ def test_product_rule_equals_its_definition(signal: str, distance: str):
     u = torch.tensor([min(float(cost_EE[i, j]) for j in range(8) if j != i) for i in range(8)])
     c = torch.tensor([sum(g * y for g, y in slots) / len(slots) for slots in slots_of(layer)])
     score = {"both": minmax(c) * minmax(u), "contribution": c, "replaceability": u}[signal]
-    plan = run(conmoe, layer, 4, selection="product", distance=distance, signal=signal)
+    plan = run(conmoe, layer, 4, selection="product", distance=distance, signal=signal, contribution="mean")
     assert kept_by(plan) == highest(score.tolist(), 4)
     assert plan.scores["replaceability"].tolist() == pytest.approx(u.tolist(), rel=1e-6)
     assert (plan.predicted_error >= 0) == (distance == "functional")

@@ -83,6 +83,14 @@ def test_costs_are_directed():
     assert coverage.cover(cost_EE, torch.ones(3), 1).tolist() == [2]
 
 
+def test_swaps_leave_a_layer_its_own():
+    # 2 and 3 would cover everyone; layer 0 keeps one of its two all the same
+    cost_EE = torch.tensor([[0.0, 1, 0, 1], [1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 0]])
+    owner_E = torch.tensor([0, 0, 1, 1])
+    assert coverage.cover(cost_EE, torch.ones(4), 2).tolist() == [2, 3]
+    assert coverage.cover(cost_EE, torch.ones(4), 2, owner_E, 1).tolist() == [0, 2]
+
+
 def test_a_scope_that_cannot_be_served_is_refused():
     with pytest.raises(UsageError, match="lower min_own"):
         coverage.cover(torch.zeros(4, 4), torch.ones(4), 2, torch.tensor([0, 0, 1, 1]), 2)

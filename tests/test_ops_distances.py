@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conmoe.ops import similarity, subsets
+from conmoe.ops.experts import select
 from conmoe.types import Experts, TokenSample
 from tests.layers import answer, observe, random_experts, with_rows
 
@@ -80,12 +81,7 @@ def test_functional_distance_of_a_scope_feeds_strangers_the_inputs_of_the_expert
 def test_functional_distance_ignores_slots_outside_the_subset():
     layer = observe(random_experts(5), k=3, T=40)
     part = subsets.restrict(layer.statistics, torch.tensor([0, 1, 2, 3]))
-    experts = replace(
-        layer.experts,
-        gate_EID=layer.experts.gate_EID[:4],
-        up_EID=layer.experts.up_EID[:4],
-        down_EDI=layer.experts.down_EDI[:4],
-    )
+    experts = select(layer.experts, torch.arange(4))
     whole_EE = naive_functional_distance(layer.statistics.sample, layer.experts)
     cost_EE = similarity.functional_distance(part.sample, experts)
     torch.testing.assert_close(cost_EE, whole_EE[:4, :4], rtol=1e-5, atol=1e-6)
@@ -106,6 +102,15 @@ def test_an_unseen_expert_is_judged_on_the_tokens_that_came_nearest_to_choosing_
     )
     naive_EE = naive_functional_distance(as_if, layer.experts)
     torch.testing.assert_close(similarity.functional_distance(sample, layer.experts), naive_EE, rtol=1e-5, atol=1e-6)
+
+
+def test_slots_outside_the_subset_do_not_count_as_tokens_of_the_first_expert():
+    layer = observe(random_experts(5), T=40, unused=(0,))
+    part = subsets.restrict(layer.statistics, torch.tensor([0, 2, 3]))
+    experts = select(layer.experts, torch.tensor([0, 2, 3]))
+    whole_EE = similarity.functional_distance(layer.statistics.sample, layer.experts)
+    cost_EE = similarity.functional_distance(part.sample, experts)
+    torch.testing.assert_close(cost_EE, whole_EE[[0, 2, 3]][:, [0, 2, 3]], rtol=1e-5, atol=1e-6)
 
 
 def test_stand_ins_of_a_scope_come_from_the_layer_of_the_unseen_expert():

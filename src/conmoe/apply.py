@@ -19,15 +19,15 @@ from torch import Tensor
 
 from conmoe import runtime
 from conmoe.artifacts import building, checkpoint_fingerprint, fingerprint, plan_record, read_plan, write_plan
-from conmoe.checkpoint import disk_name, is_stack, read_parameter, renumbered
+from conmoe.checkpoint import disk_name, is_stack, renumbered
 from conmoe.forms import Stored, check_form, stored_experts
-from conmoe.moe import MoeLayer, canonical, count_field, family_layout, logical_rows
+from conmoe.moe import MoeLayer, count_field, family_layout, logical_rows
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.registry import Form
 from conmoe.report.card import model_card
-from conmoe.shards import DTYPES, Entry, Output, raw_chunks, read_tensor, tensor_output, write_shards
-from conmoe.stream import Source, open_source
-from conmoe.types import ConmoeError, Experts, Plan, ScopePlan, UsageError
+from conmoe.shards import Entry, Output, bytes_of, raw_chunks, read_tensor, tensor_output, write_shards
+from conmoe.stream import Source, open_source, read_experts
+from conmoe.types import ConmoeError, Plan, ScopePlan, UsageError
 
 PLAN_FOLDER = "conmoe"
 SHARD_BYTES = 4 * 2**30
@@ -89,7 +89,7 @@ def apply(
 
 def check_plan(source: Source, plan: Plan) -> None:
     """Raise unless ``plan`` was made for this very checkpoint and covers its MoE layers."""
-    name = checkpoint_fingerprint(source.folder, (entry.file for entry in source.entries.values()))
+    name = checkpoint_fingerprint(source.folder, source.files)
     if plan.source != name:
         raise UsageError(f"The plan was made for another checkpoint than {source.folder}; plan again for this one.")
     by_index = {layer.index: layer for layer in source.layers}
@@ -107,7 +107,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed - there:
         raise ConmoeError(
-            f"The disk of {folder.parent} has {free / 1e9:.1f} GB free, the result needs {(needed - there) / 1e9:.1f} GB more."
+            f"The disk of {folder.parent} has {free / 1e9:.1f} GB free, "
+            f"the result needs {(needed - there) / 1e9:.1f} GB more."
         )
 
 
@@ -194,7 +195,7 @@ def _fused(source: Source, like: Entry, targets: list[str], name: str, stored: S
                 yield from raw_chunks(entries[origin // E], (origin % E) * row, row)
             else:
                 value = _computed_part(source, scope, stored, slot, name, 0, 1)
-                yield memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+                yield bytes_of(value.contiguous())
 
     return Output(like.name, like.dtype, (slots, *like.shape[1:]), slots * row, chunks)
 
@@ -232,17 +233,6 @@ def _prototypes(key: _Scope) -> dict[str, Tensor]:
     mixed = {name: mix(tensor, scope.plan.mixing_KE) for name, tensor in tensors(experts).items()}
     mixed |= {name: value.to(mixed[name].dtype) for name, value in scope.plan.weights.items()}
     return family_layout(source.model.get_submodule(layers[0].experts), mixed)
-
-
-def read_experts(source: Source, layer: MoeLayer) -> Experts:
-    """The experts of one layer, from disk, in their dtype on disk."""
-    module = source.model.get_submodule(layer.experts)
-    values = {}
-    for name, _ in module.named_parameters():
-        target = f"{layer.experts}.{name}"
-        dtype = DTYPES[source.layout.sources[target][0].entry.dtype]
-        values[name] = read_parameter(source.layout, source.model, target, dtype)
-    return canonical(module, values)
 
 
 def _rows(entry: Entry, axis: int, rows: Tensor) -> Output:

@@ -223,7 +223,7 @@ def describe(source: Source, data: TokenData, options: Calibration) -> Manifest:
     first = source.layers[0]
     return Manifest(
         version=__version__,
-        model=checkpoint_fingerprint(source.folder, (entry.file for entry in source.entries.values())),
+        model=checkpoint_fingerprint(source.folder, source.files),
         family=source.config.model_type,
         layers=tuple(layer.index for layer in source.layers),
         experts=first.logical,

@@ -34,7 +34,7 @@ _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Piece:
     """A tensor on disk as a piece of a parameter: ``pattern`` names its role where the parameter has several."""
 
     entry: Entry
@@ -51,7 +51,7 @@ class Source:
 class Layout:
     """How a checkpoint's tensors become a model's parameters (and persistent buffers)."""
 
-    sources: Mapping[str, tuple[Source, ...]]  # parameter -> the tensors it is made of, experts in order
+    sources: Mapping[str, tuple[Piece, ...]]  # parameter -> the tensors it is made of, experts in order
     converters: Mapping[str, WeightConverter]  # parameter -> how, where it is not one tensor under another name
     ignored: tuple[Entry, ...]  # tensors that the model's class declares it does not read (e.g. MTP layers)
     tied: Mapping[str, str]  # parameter -> the parameter whose tensor it shares
@@ -69,18 +69,18 @@ def read_layout(model: PreTrainedModel, entries: Mapping[str, Entry]) -> Layout:
     """
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    renamings: list[Any] = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state: dict[str, Tensor] = model.state_dict()
     ignore = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
 
-    sources: dict[str, list[Source]] = defaultdict(list)
+    sources: dict[str, list[Piece]] = defaultdict(list)
     used: dict[str, WeightConverter] = {}
     ignored = []
     for name in sorted(entries, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target in state:
-            sources[target].append(Source(entries[name], pattern))
+            sources[target].append(Piece(entries[name], pattern))
             if pattern is not None:
                 used[target] = by_pattern[pattern]
         elif any(pattern.search(name) for pattern in ignore) or name.endswith("rotary_emb.inv_freq"):
@@ -156,7 +156,7 @@ def renumbered(name: str, expert: int) -> str:
     return _EXPERT_NUMBER.sub(str(expert), name)
 
 
-def _read_stack(target: str, sources: tuple[Source, ...], converter: WeightConverter, out: Tensor) -> None:
+def _read_stack(target: str, sources: tuple[Piece, ...], converter: WeightConverter, out: Tensor) -> None:
     E, rows = out.shape[0], out.shape[1]
     parts = converter.source_patterns
     if len(sources) != E * len(parts) or rows % len(parts):
@@ -172,19 +172,20 @@ def _read_stack(target: str, sources: tuple[Source, ...], converter: WeightConve
         read_into(source.entry, out[expert, part * height : (part + 1) * height])
 
 
-def _convert(target: str, sources: tuple[Source, ...], converter: WeightConverter, model: PreTrainedModel) -> Tensor:
-    converter = copy.deepcopy(converter)
+def _convert(target: str, sources: tuple[Piece, ...], converter: WeightConverter, model: PreTrainedModel) -> Tensor:
+    working: Any = copy.deepcopy(converter)
     for source in sources:
-        converter.add_tensor(target, source.entry.name, source.pattern, read_tensor(source.entry))
-    converted: dict[str, Any] = converter.convert(target, model=model, config=model.config)
+        working.add_tensor(target, source.entry.name, source.pattern, read_tensor(source.entry))
+    converted: dict[str, Any] = working.convert(target, model=model, config=model.config)
     value = converted[target]
     result: Tensor = value[0] if isinstance(value, list) else value
     return result
 
 
-def _refuse_non_finite(sources: tuple[Source, ...]) -> None:
+def _refuse_non_finite(sources: tuple[Piece, ...]) -> None:
     for source in sources:
         if not bool(torch.isfinite(read_tensor(source.entry).float()).all()):
             raise ConmoeError(
-                f"Tensor {source.entry.name} in {source.entry.file} holds a NaN or an infinity; the checkpoint is damaged."
+                f"Tensor {source.entry.name} in {source.entry.file} holds a NaN or an infinity; "
+                "the checkpoint is damaged."
             )

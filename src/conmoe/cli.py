@@ -44,8 +44,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="SPEC",
-        help="Text: a .txt, .jsonl, .parquet file (also .gz, .xz) or hub:name[:config][:split], with a weight if wanted: "
-        "wiki.txt@0.3. Repeatable. Without it a small built-in text is used.",
+        help="Text: a .txt, .jsonl, .parquet file (also .gz, .xz) or hub:name[:config][:split], with a weight "
+        "if wanted: wiki.txt@0.3. Repeatable. Without it a small built-in text is used.",
     ),
 ]
 Tokens = Annotated[int, typer.Option(help="How many tokens of text to use.")]

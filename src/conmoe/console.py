@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def emit(value: Any) -> None:
     sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def fidelity_table(title: str, rows: list[tuple[str, str, Fidelity]]) -> Table:
+def fidelity_table(title: str, rows: Sequence[tuple[str, str, Fidelity]]) -> Table:
     """Name, form and fidelity of one or several results, best first."""
     table = Table(title=title, title_justify="left")
     for column in ("model", "form", "size", "KL (nats/token)", "top-1 agreement", "excess loss", "perplexity"):

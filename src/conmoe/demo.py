@@ -15,6 +15,7 @@ from conmoe.data import load_tokenizer, load_tokens
 from conmoe.evaluate import Fidelity, evaluate
 from conmoe.generate import generate
 from conmoe.plan import DEFAULT_METHOD, Request, plan
+from conmoe.registry import Form
 
 METHODS = (DEFAULT_METHOD, "reap", "frequency")
 KEEP = "0.5"
@@ -27,7 +28,7 @@ class Demo:
     """What the demo made."""
 
     folder: Path
-    rows: list[tuple[str, str, Fidelity]]  # method, form, fidelity
+    rows: list[tuple[str, Form, Fidelity]]  # method, form, fidelity
     before: str  # the source's continuation of the prompt
     after: str
 
@@ -43,7 +44,7 @@ def demo(out: Path, progress: Progress, *, force: bool = False) -> Demo:
     tokenizer = load_tokenizer(model)
     data = load_tokens(tokenizer, [], tokens=TOKENS, seq_len=SEQ_LEN)
     held_out = load_tokens(tokenizer, [], tokens=TOKENS, seq_len=SEQ_LEN, part="evaluation")
-    rows = []
+    rows: list[tuple[str, Form, Fidelity]] = []
     depth = json.loads((model / "config.json").read_text())["num_hidden_layers"]
     with building(out, force=force) as folder:
         statistics = folder / "statistics"

@@ -52,7 +52,7 @@ def stored_experts(layer: MoeLayer, scope: ScopePlan | None, form: Form) -> Stor
 
 def representatives(plan: LayerPlan) -> Tensor:
     """The logical expert whose router row speaks for each prototype: of those it answers for, its largest part."""
-    K, E = plan.mixing_KE.shape
+    K = plan.mixing_KE.shape[0]
     answers_KE = plan.assignment_E[None, :] == torch.arange(K)[:, None]
     if not bool(answers_KE.any(dim=1).all()):
         raise UsageError("A prototype answers for no expert; the plan cannot be stored sliced.")

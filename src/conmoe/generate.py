@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,7 @@ def generate(
     runtime.register()
     load_config(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
     loaded = loaded.to(device).eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     inputs.pop("token_type_ids", None)
@@ -39,5 +40,4 @@ def generate(
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             **sampling,
         )
-    text: str = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -134,7 +134,7 @@ def _peak(source: Source) -> int:
     for target, pieces in source.layout.sources.items():
         part = next((prefix for prefix in prefixes if target.startswith(prefix)), target)
         sizes[part] = sizes.get(part, 0) + sum(piece.entry.nbytes for piece in pieces)
-    batch = BATCH_TOKENS * source.model.get_decoder().config.hidden_size * 4 * 6
+    batch = BATCH_TOKENS * int(source.model.get_decoder().config.hidden_size) * 4 * 6
     return _BASELINE_BYTES + 2 * max(sizes.values()) + batch
 
 

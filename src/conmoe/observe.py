@@ -91,7 +91,7 @@ def observed(experts: nn.Module, router: nn.Module, observer: Observer) -> Itera
         del experts._conmoe_observer
 
 
-def observed_experts(self: nn.Module, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+def observed_experts(self: Any, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
     """The routed experts' weighted sum, in the order and with the roundings of the eager implementation."""
     observer: Observer | None = getattr(self, "_conmoe_observer", None)
     if observer is not None:
@@ -99,7 +99,7 @@ def observed_experts(self: nn.Module, hidden_TD: Tensor, index_Tk: Tensor, weigh
     k = index_Tk.shape[1]
     flat = index_Tk.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=self.num_experts).tolist()
+    counts = torch.bincount(flat, minlength=self.down_proj.shape[0]).tolist()
     gate = weight_Tk.reshape(-1)
     out_TD = torch.zeros_like(hidden_TD)
     start = 0

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from conmoe import __version__
 from conmoe.allocate import experts_kept, parse_keep, uniform
-from conmoe.apply import read_experts
 from conmoe.artifacts import (
     Manifest,
     building,
@@ -34,7 +33,7 @@ from conmoe.ops.outliers import super_experts
 from conmoe.ops.plans import embed, identity
 from conmoe.ops.subsets import join_layers, restrict
 from conmoe.registry import Form, Method, bind_options, get_method
-from conmoe.stream import Source, open_source
+from conmoe.stream import Source, open_source, read_experts
 from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError
 
 DEFAULT_METHOD = "conmoe"
@@ -79,7 +78,7 @@ def plan(
     """
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     manifest = read_manifest(statistics)
-    name = checkpoint_fingerprint(source.folder, (entry.file for entry in source.entries.values()))
+    name = checkpoint_fingerprint(source.folder, source.files)
     if manifest.model != name:
         raise UsageError(f"{statistics} was made from another checkpoint than {model}; calibrate this one.")
     method, options, budgets, scopes = check_request(source.layers, request)
@@ -180,7 +179,8 @@ def _run(
 def _load(source: Source, folder: Path, layer: MoeLayer, device: str) -> tuple[LayerStatistics, Experts]:
     statistics, experts = read_layer(folder, layer.index), read_experts(source, layer)
     if device != "cpu":
-        experts = replace(experts, **{name: value.to(device) for name, value in tensors(experts).items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors(experts).items()}
+        experts = replace(experts, **moved)
         sample = statistics.sample
         moved = {name: getattr(sample, name).to(device) for name in type(sample).__dataclass_fields__}
         statistics = replace(statistics, sample=replace(sample, **moved))

@@ -76,7 +76,8 @@ class _Registry(Generic[Item]):
     """Items by name. The project's own are found in its package, those of other packages by their entry points."""
 
     def __init__(self, kind: str, package: str) -> None:
-        self._kind, self._package, self._items, self._loaded = kind, package, dict[str, Item](), False
+        self._kind, self._package, self._loaded = kind, package, False
+        self._items: dict[str, Item] = {}
 
     def add(self, item: Item) -> None:
         known = self._items.get(item.name)

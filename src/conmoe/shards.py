@@ -98,7 +98,12 @@ def read_into(entry: Entry, out: Tensor) -> None:
     if out.dtype != torch_dtype(entry) or not out.is_contiguous():
         out.copy_(read_tensor(entry))
     elif entry.nbytes:
-        _pread(entry.file, entry.start, memoryview(out.detach().reshape(-1).view(torch.uint8).numpy()))
+        _pread(entry.file, entry.start, bytes_of(out))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, to read from or to write into."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def raw_chunks(entry: Entry, start: int = 0, nbytes: int | None = None) -> Iterator[memoryview]:
@@ -129,7 +134,7 @@ def tensor_output(name: str, dtype: str, shape: Sequence[int], make: Callable[[]
         tensor = make()
         if tensor.dtype != expected or tuple(tensor.shape) != tuple(shape):
             raise ConmoeError(f"{name} came out as {tensor.dtype} {list(tensor.shape)}, planned {dtype} {list(shape)}.")
-        yield memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield bytes_of(tensor.contiguous())
 
     return Output(name, dtype, tuple(shape), count * expected.itemsize, chunks)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from conmoe.checkpoint import Layout, read_layout, read_module
-from conmoe.moe import MoeLayer, decoder_layers, moe_layers
-from conmoe.shards import Entry, read_entries
-from conmoe.types import ConmoeError, UsageError
+from conmoe.checkpoint import Layout, read_layout, read_module, read_parameter
+from conmoe.moe import MoeLayer, canonical, decoder_layers, moe_layers
+from conmoe.shards import DTYPES, Entry, bytes_of, read_entries
+from conmoe.types import ConmoeError, Experts, UsageError
 
 #: Tokens that go through a layer together.
 BATCH_TOKENS = 4096
@@ -42,6 +42,15 @@ class Source:
     entries: dict[str, Entry]
     layout: Layout
     layers: tuple[MoeLayer, ...]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model can read."""
+        return self.model.get_input_embeddings().get_parameter("weight").shape[0]
+
+    @property
+    def files(self) -> list[Path]:
+        return [entry.file for entry in self.entries.values()]
 
 
 class _Reached(Exception):
@@ -96,6 +105,17 @@ def open_source(
     return Source(folder, config, model, entries, read_layout(model, entries), layers)
 
 
+def read_experts(source: Source, layer: MoeLayer) -> Experts:
+    """The experts of one layer, from disk, in their dtype on disk."""
+    module = source.model.get_submodule(layer.experts)
+    values = {}
+    for name, _ in module.named_parameters():
+        target = f"{layer.experts}.{name}"
+        dtype = DTYPES[source.layout.sources[target][0].entry.dtype]
+        values[name] = read_parameter(source.layout, source.model, target, dtype)
+    return canonical(module, values)
+
+
 class HiddenStates:
     """The hidden states of all sequences before one layer and after it, in two files that change places."""
 
@@ -109,7 +129,7 @@ class HiddenStates:
         out = torch.empty((stop - start, *self._shape[1:]), dtype=self._dtype)
         with self._files[side % 2].open("rb") as stream:
             stream.seek(start * self._row)
-            if stream.readinto(_bytes(out)) != out.nbytes:
+            if stream.readinto(bytes_of(out)) != out.nbytes:
                 raise ConmoeError(f"{self._files[side % 2]} ended early; delete its folder and start again.")
         return out
 
@@ -118,7 +138,7 @@ class HiddenStates:
         file = self._files[side % 2]
         with file.open("r+b" if file.exists() else "w+b") as stream:
             stream.seek(start * self._row)
-            stream.write(_bytes(value.detach().to("cpu", self._dtype).contiguous()))
+            stream.write(bytes_of(value.detach().to("cpu", self._dtype).contiguous()))
 
 
 @dataclass
@@ -217,11 +237,9 @@ class Stream:
                     continue
                 shapes.add(last - first)
                 calls: list[Any] = []
-                with _replaced(layers, [partial(note, index, calls) for index in range(len(layers))]):
-                    try:
-                        self.source.model(input_ids=self.ids_NS[first:last].to(self.device), use_cache=False)
-                    except _Reached:
-                        pass
+                notes = [partial(note, index, calls) for index in range(len(layers))]
+                with _replaced(layers, notes), suppress(_Reached):
+                    self.source.model(input_ids=self.ids_NS[first:last].to(self.device), use_cache=False)
                 hidden = calls.pop(0)
                 self._calls.setdefault((last - first, self.ids_NS.shape[1]), calls)
                 if store:
@@ -314,7 +332,8 @@ def _meta_model(
                 if buffer is not None:
                     module._buffers[key] = torch.empty_like(buffer, device="cpu")
             model._init_weights(module)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _dtype_on_disk(config: PretrainedConfig, entries: dict[str, Entry]) -> torch.dtype:
@@ -340,7 +359,3 @@ def _unload(module: nn.Module) -> None:
     module.load_state_dict(
         {name: torch.empty_like(value, device="meta") for name, value in module.state_dict().items()}, assign=True
     )
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -104,7 +104,7 @@ def _check_maps(source: Source, made: Source, layers: dict[int, MoeLayer], scope
 
 
 def _check_forward(made: Source) -> None:
-    vocabulary = made.model.get_input_embeddings().weight.shape[0]
+    vocabulary = made.vocabulary
     ids = torch.arange(16, dtype=torch.int64).remainder(vocabulary).unsqueeze(0)
     with open_stream(made, ids) as stream:
         stream.run()

@@ -1,6 +1,6 @@
 """Fidelity: how close a compressed model stays to its source, token by token.
 
-Both models are streamed layer by layer over the same sequences; only the logits of a few hundred tokens exist at a time.
+Both models are streamed layer by layer over the same sequences; the logits of a few hundred tokens exist at a time.
 KL(source || compressed) and top-1 agreement are taken at every position, the loss at every position with a next token.
 Numbers are means over tokens; their standard errors are over sequences, the independent unit.
 """
@@ -99,7 +99,7 @@ def evaluate(
 
 def check_vocabularies(sources: list[Source], data: TokenData) -> None:
     """Raise a UsageError unless all models can read the tokens and be compared."""
-    sizes = [int(source.model.get_input_embeddings().weight.shape[0]) for source in sources]
+    sizes = [source.vocabulary for source in sources]
     if len(set(sizes)) > 1:
         raise UsageError(
             f"The two models have vocabularies of {sizes[0]} and {sizes[1]} tokens; they cannot be compared."
@@ -146,7 +146,7 @@ def _summary(rows: Tensor, data: TokenData, sources: list[Source]) -> Fidelity:
     loss, source_loss, kl, agreement = (rows[:, column] for column in range(4))
     mean = _measured(loss)
     sizes = [_size(source) for source in sources]
-    fidelity = {
+    fidelity: dict[str, Any] = {
         "tokens": data.tokens,
         "sequences": data.ids_NS.shape[0],
         "loss": mean,

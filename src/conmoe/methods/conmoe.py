@@ -23,7 +23,8 @@ DISTANCES: dict[str, Callable[[TokenSample, Experts], Tensor]] = {
     "weight": weight_distance,
     "mean_output": mean_output_distance,
 }
-#: (mean, alpha, beta) of the score family; "mean" is the REAP score.
+#: (mean, alpha, beta) of the score family. "mean" is the REAP score, with which the product rule is usually stated; "sum"
+#: weighs an expert by all it does, as the error of the layer does, and measured better under coverage.
 CONTRIBUTIONS = {"mean": (True, 1, 1), "sum": (False, 1, 1), "man": (True, 0, 1), "frequency": (False, 0, 0)}
 #: What an unused expert weighs, against an average one, when experts are to be covered: it gets a prototype of its own
 #: only where nothing that is used gains from it.
@@ -43,7 +44,7 @@ def conmoe(
     *,
     distance: Annotated[Literal["functional", "weight", "mean_output"], "what makes experts alike"] = "functional",
     selection: Annotated[Literal["coverage", "product"], "how prototypes are chosen"] = "coverage",
-    contribution: Annotated[Literal["mean", "sum", "man", "frequency"], "what makes an expert important"] = "mean",
+    contribution: Annotated[Literal["mean", "sum", "man", "frequency"], "what makes an expert important"] = "sum",
     signal: Annotated[Signal, "ablation: choose by one signal only"] = "both",
     redirect: Annotated[Literal["nearest", "random", "drop"], "ablation: what becomes of the others"] = "nearest",
     fusion: Annotated[Literal["none", "frequency", "contribution"], "ablation: average the members"] = "none",
@@ -55,8 +56,9 @@ def conmoe(
     Contribution ``c_i`` says how much an expert adds to the output (normalised within each layer of a scope),
     ``cost_ij`` what it costs to let ``j`` answer for ``i``. "coverage" minimises ``sum of c_i * min over prototypes p
     of cost_ip``, by greedy addition and swaps: our reconstruction, for the paper's formulas are not published where
-    we could read them. "product" is the rule of an independent implementation: the highest ``minmax(c_i) *
-    minmax(min over j of cost_ij)``; it can lose both of two duplicates. Gates and router stay as they are.
+    we could read them. "product" is the rule of an independent implementation (there with distance=weight and
+    contribution=mean): the highest ``minmax(c_i) * minmax(min over j of cost_ij)``; it can keep both of two duplicates
+    and lose both of two others. Gates and router stay as they are.
     """
     if redirect == "drop" and fusion != "none":
         raise UsageError("Dropped experts are averaged into nothing; choose either fusion or redirect=drop.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -68,11 +69,11 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
     return "\n".join(lines)
 
 
-def _metadata(source: Path) -> dict[str, object]:
+def _metadata(source: Path) -> dict[str, Any]:
     readme = source / "README.md"
     if not readme.is_file():
         return {}
     try:
-        return ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+        return dict(ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict())
     except Exception:  # a card that cannot be parsed has nothing to hand over, and is no reason to fail
         return {}
