@@ -113,7 +113,7 @@ def test_pieces_put_together_are_the_document(tmp_path):
     write_records(tmp_path / "long.jsonl", [{"text": text}])
     for name in ("long.txt", "long.jsonl"):
         pieces = list(read_pieces(str(tmp_path / name)))
-        assert "".join(piece.content for piece in pieces) == text
+        assert "".join(str(piece.content) for piece in pieces) == text
         assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
