@@ -23,8 +23,8 @@ DISTANCES: dict[str, Callable[[TokenSample, Experts], Tensor]] = {
     "weight": weight_distance,
     "mean_output": mean_output_distance,
 }
-#: (mean, alpha, beta) of the score family. "mean" is the REAP score, with which the product rule is usually stated; "sum"
-#: weighs an expert by all it does, as the error of the layer does, and measured better under coverage.
+#: (mean, alpha, beta) of the score family. "mean" is the REAP score, with which the product rule is usually stated;
+#: "sum" weighs an expert by all it does, as the error of the layer does, and measured better under coverage.
 CONTRIBUTIONS = {"mean": (True, 1, 1), "sum": (False, 1, 1), "man": (True, 0, 1), "frequency": (False, 0, 0)}
 #: What an unused expert weighs, against an average one, when experts are to be covered: it gets a prototype of its own
 #: only where nothing that is used gains from it.
