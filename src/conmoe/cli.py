@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 import conmoe
@@ -403,6 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not debug:
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     try:
         code = app(given, prog_name="conmoe", standalone_mode=False)
     except KeyboardInterrupt:

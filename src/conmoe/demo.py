@@ -20,7 +20,7 @@ from conmoe.registry import Form
 METHODS = (DEFAULT_METHOD, "reap", "frequency")
 KEEP = "0.5"
 TOKENS, SEQ_LEN = 16384, 256
-PROMPT = "def __init__(self, name, value=None):\n"
+PROMPT = '    def close(self):\n        """Close the'
 
 
 @dataclass(frozen=True, slots=True)
