@@ -9,7 +9,7 @@ export PYTHON VENV
 
 demo: ## compress a small model, measure what it cost, write everything to demo-output/
 	@$(PYTHON) scripts/install.py
-	@$(BIN)/conmoe demo demo-output
+	@$(BIN)/conmoe demo demo-output --force
 
 test: ## all checks and the whole test suite, as CI runs them (ARGS="-k reap" goes to pytest)
 	@bash scripts/test.sh $(ARGS)
@@ -24,7 +24,7 @@ fix: ## what can be mended by a tool: formatting, import order, simple lint
 
 docs: ## write the generated parts of the documentation again
 	@$(PYTHON) scripts/install.py dev
-	@if [ -f scripts/docs.py ]; then $(BIN)/python scripts/docs.py; else echo "nothing is generated yet"; fi
+	@$(BIN)/python scripts/docs.py
 
 bench: ## list the benchmarks; each is run by hand and prints its result
 	@for file in benchmarks/*.py; do \

@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from conmoe import runtime
-from conmoe.artifacts import building, checkpoint_fingerprint, fingerprint, plan_record, read_plan, write_plan
-from conmoe.checkpoint import disk_name, is_stack, renumbered
+from conmoe.artifacts import building, checkpoint_fingerprint, fingerprint, plan_fingerprint, read_plan, write_plan
+from conmoe.checkpoint import MTP_FIELDS, disk_name, is_stack, renumbered
 from conmoe.forms import Stored, check_form, stored_experts
 from conmoe.moe import MoeLayer, count_field, family_layout, logical_rows
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.registry import Form
 from conmoe.report.card import model_card
-from conmoe.shards import Entry, Output, bytes_of, raw_chunks, read_tensor, tensor_output, write_shards
+from conmoe.shards import Entry, Output, bytes_of, raw_chunks, read_tensor, tensor_output, torch_dtype, write_shards
 from conmoe.stream import Source, open_source, read_experts
 from conmoe.types import ConmoeError, Plan, ScopePlan, UsageError
 
@@ -77,18 +79,26 @@ def apply(
     check_plan(source, plan)
     check_form(source.layers, plan, form)
     outputs, dropped = _outputs(source, plan, form)
+    config = _config(source, plan, form, without_mtp=bool(dropped))
     total = sum(output.nbytes for output in outputs)
-    key = fingerprint([plan_record(plan).model_dump(), form])
+    key = fingerprint([plan_fingerprint(plan), form])
     with building(out, force=force, key=key) as partial_folder:
         check_space(partial_folder, total)
         write_shards(outputs, partial_folder, SHARD_BYTES, lambda nbytes: advance(nbytes, total))
-        _write_rest(source, plan, form, partial_folder, bool(dropped))
+        _write_rest(source, plan, form, config, partial_folder)
     size = sum(entry.nbytes for entry in source.entries.values())
     return Applied(out, form, total, size, dropped)
 
 
+def check_source(source: Source) -> None:
+    """Raise if the experts of ``source`` already are the prototypes of another plan."""
+    if source.consolidated:
+        raise UsageError(f"{source.folder} is consolidated already; plan for the checkpoint it was made from.")
+
+
 def check_plan(source: Source, plan: Plan) -> None:
     """Raise unless ``plan`` was made for this very checkpoint and covers its MoE layers."""
+    check_source(source)
     name = checkpoint_fingerprint(source.folder, source.files)
     if plan.source != name:
         raise UsageError(f"The plan was made for another checkpoint than {source.folder}; plan again for this one.")
@@ -118,11 +128,7 @@ def _outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tupl
     scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
     outputs: list[Output] = []
     done: set[str] = set()
-    sliced_rows: dict[str, tuple[int, Tensor]] = {}
-    for index, layer in layers.items():
-        stored = stored_experts(layer, scope_of.get(index), form)
-        if stored.rows is not None:
-            sliced_rows |= {name: (axis, stored.rows) for name, axis in logical_rows(source.model, layer).items()}
+    sliced_rows = router_rows(source, plan, form)
     experts = {f"{layer.experts}.": layer for layer in layers.values()}
     for target, sources in source.layout.sources.items():
         owner = next((layer for prefix, layer in experts.items() if target.startswith(prefix)), None)
@@ -139,6 +145,17 @@ def _outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tupl
     if form == "expanded":
         return outputs + [_copy(entry) for entry in source.layout.ignored], ()
     return outputs, tuple(entry.name for entry in source.layout.ignored)
+
+
+def router_rows(source: Source, plan: Plan, form: Form) -> dict[str, tuple[int, Tensor]]:
+    """The parameters of which the form keeps a part of the rows, with their axis and these rows."""
+    scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
+    kept: dict[str, tuple[int, Tensor]] = {}
+    for layer in source.layers:
+        rows = stored_experts(layer, scope_of.get(layer.index), form).rows
+        if rows is not None:
+            kept |= {name: (axis, rows) for name, axis in logical_rows(source.model, layer).items()}
+    return kept
 
 
 def _expert_outputs(
@@ -169,9 +186,8 @@ def _expert_outputs(
                     entry = tables[origin // layer.logical][origin % layer.logical]
                     yield Output(output_name, like.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
                 else:
-                    make = partial(
-                        _computed_part, source, scope, stored, slot, name, part, len(converter.source_patterns)
-                    )
+                    parts = len(converter.source_patterns)
+                    make = partial(_computed_part, source, like, scope, stored, slot, name, part, parts)
                     yield tensor_output(output_name, like.dtype, like.shape, make)
     else:
         raise UsageError(f"{target} is stored in a layout that conmoe reads but does not write yet.")
@@ -194,19 +210,21 @@ def _fused(source: Source, like: Entry, targets: list[str], name: str, stored: S
             if origin is not None:
                 yield from raw_chunks(entries[origin // E], (origin % E) * row, row)
             else:
-                value = _computed_part(source, scope, stored, slot, name, 0, 1)
+                value = _computed_part(source, like, scope, stored, slot, name, 0, 1)
                 yield bytes_of(value.contiguous())
 
     return Output(like.name, like.dtype, (slots, *like.shape[1:]), slots * row, chunks)
 
 
 def _computed_part(
-    source: Source, scope: ScopePlan, stored: Stored, slot: int, name: str, part: int, parts: int
+    source: Source, like: Entry, scope: ScopePlan, stored: Stored, slot: int, name: str, part: int, parts: int
 ) -> Tensor:
-    value = _prototypes(_Scope(source, scope))[name][int(stored.prototype_S[slot])]
-    scale = float(stored.scale_S[slot])
+    """One prototype's share of a tensor on disk, scaled if it is a down projection, and only then rounded."""
+    scale, scaled = float(stored.scale_S[slot]), bool((stored.scale_S != 1).any())
+    value = _prototypes(_Scope(source, scope), scaled)[name][int(stored.prototype_S[slot])]
     if scale != 1.0 and name.startswith("down_proj"):
-        value = (value.float() * scale).to(value.dtype)
+        value = value * scale
+    value = value.to(torch_dtype(like))
     height = value.shape[0] // parts
     return value[part * height : (part + 1) * height]
 
@@ -225,12 +243,12 @@ class _Scope:
 
 
 @lru_cache(maxsize=1)
-def _prototypes(key: _Scope) -> dict[str, Tensor]:
-    """The prototypes of a scope in the family's layout, in the dtype on disk."""
+def _prototypes(key: _Scope, scaled: bool) -> dict[str, Tensor]:
+    """The prototypes of a scope in the family's layout: in the dtype on disk, or unrounded if they will be scaled."""
     source, scope = key.source, key.scope
     layers = [layer for layer in source.layers if layer.index in scope.layers]
     experts = concatenate([read_experts(source, layer) for layer in layers])
-    mixed = {name: mix(tensor, scope.plan.mixing_KE) for name, tensor in tensors(experts).items()}
+    mixed = {name: mix(tensor, scope.plan.mixing_KE, rounded=not scaled) for name, tensor in tensors(experts).items()}
     mixed |= {name: value.to(mixed[name].dtype) for name, value in scope.plan.weights.items()}
     return family_layout(source.model.get_submodule(layers[0].experts), mixed)
 
@@ -259,41 +277,49 @@ def _copy(entry: Entry) -> Output:
     return Output(entry.name, entry.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
 
 
-def _write_rest(source: Source, plan: Plan, form: Form, out: Path, without_mtp: bool) -> None:
-    """Configuration, tokenizer, licence and everything else beside the weights, the plan, and the model card."""
+def _config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) -> dict[str, Any]:
+    """The config.json of the result."""
     config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
-    if without_mtp and "num_nextn_predict_layers" in config:
-        config["num_nextn_predict_layers"] = 0
+    if without_mtp:
+        for field in MTP_FIELDS:
+            if field in config or getattr(source.config, field, None):
+                config |= dict.fromkeys(_stated(source.config, config, field), 0)
+    if form == "expanded":
+        return config
+    counts = _stated(source.config, config, count_field(source.config))
     if form == "sliced":
-        _set_count(source, config, plan.scopes[0].plan.mixing_KE.shape[0])
-    if form == "shared":
-        config = runtime.shared_config(
-            config,
-            source.config.model_type,
-            type(source.model).__name__,
-            prototypes=max(scope.plan.mixing_KE.shape[0] for scope in plan.scopes),
-            logical=source.layers[0].logical,
-            pools=_pools(source, plan),
-        )
-        for file in runtime.packaged_files(source.config.model_type):
-            shutil.copy(file, out / file.name)
+        return config | dict.fromkeys(counts, plan.scopes[0].plan.mixing_KE.shape[0])
+    logical = source.layers[0].logical
+    return runtime.shared_config(
+        config | dict.fromkeys(counts, logical),
+        source.config.model_type,
+        type(source.model).__name__,
+        prototypes=max(scope.plan.mixing_KE.shape[0] for scope in plan.scopes),
+        logical=logical,
+        pools=_pools(source, plan),
+    )
+
+
+def _stated(config: PretrainedConfig, file: Mapping[str, Any], field: str) -> list[str]:
+    """Every name, the field's own or an alias, by which a config.json states it; its own if it is left to a default."""
+    aliases = sorted(alias for alias, name in type(config).attribute_map.items() if name == field)
+    return [name for name in (field, *aliases) if name in file] or [field]
+
+
+def _write_rest(source: Source, plan: Plan, form: Form, config: Mapping[str, Any], out: Path) -> None:
+    """Configuration, tokenizer, licence and everything else beside the weights, the plan, and the model card."""
     for file in sorted(source.folder.iterdir()):
-        code = form == "shared" and file.suffix == ".py"
-        if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and file.name not in _OWN_FILES and not code:
+        if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and file.name not in _OWN_FILES:
+            shutil.copy(file, out / file.name)
+    if (source.folder / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(source.folder / CHAT_TEMPLATE_DIR, out / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
+    if form == "shared":
+        for file in runtime.packaged_files(source.config.model_type):
             shutil.copy(file, out / file.name)
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (out / PLAN_FOLDER).mkdir(exist_ok=True)
     write_plan(out / PLAN_FOLDER, plan)
     (out / "README.md").write_text(model_card(source.folder, plan, form))
-
-
-def _set_count(source: Source, config: dict[str, Any], experts: int) -> None:
-    """Write the number of experts under every name by which the source's file states it."""
-    field = count_field(source.config)
-    aliases = {alias for alias, name in type(source.config).attribute_map.items() if name == field}
-    names = [name for name in (field, *sorted(aliases)) if name in config] or [field]
-    for name in names:
-        config[name] = experts
 
 
 def _pools(source: Source, plan: Plan) -> dict[int, tuple[int, int]] | None:

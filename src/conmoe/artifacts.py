@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
+from safetensors.torch import save
 from torch import Tensor
 
 from conmoe.types import ConmoeError, LayerPlan, LayerStatistics, Plan, ScopePlan, TokenSample, UsageError
@@ -167,8 +167,7 @@ def write_layer(folder: Path, layer: int, statistics: LayerStatistics) -> None:
     tensors = {f"sum.{name}": value for name, value in statistics.sums.items()}
     sample = statistics.sample
     tensors |= {f"sample.{name}": getattr(sample, name) for name in TokenSample.__dataclass_fields__}
-    data = serialize({name: value.contiguous() for name, value in tensors.items()}, {"tokens": str(statistics.tokens)})
-    write_atomic(layer_file(folder, layer), data)
+    write_atomic(layer_file(folder, layer), _serialize(tensors, {"tokens": str(statistics.tokens)}))
 
 
 def read_layer(folder: Path, layer: int) -> LayerStatistics:
@@ -195,14 +194,23 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def write_plan(folder: Path, plan: Plan) -> None:
     """Store a plan as ``plan.json`` and ``plan.safetensors`` in an existing folder."""
+    write_atomic(folder / PLAN_TENSORS, _serialize(_plan_tensors(plan)))
+    write_atomic(folder / PLAN_JSON, plan_record(plan).model_dump_json(indent=2) + "\n")
+
+
+def plan_fingerprint(plan: Plan) -> str:
+    """Name a plan by everything in it: the readable half alone does not tell two mixtures apart."""
+    return fingerprint([plan_record(plan).model_dump(), hashlib.sha256(_serialize(_plan_tensors(plan))).hexdigest()])
+
+
+def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for i, scope in enumerate(plan.scopes):
         layer = scope.plan
         tensors |= {f"{i}.assignment": layer.assignment_E, f"{i}.mixing": layer.mixing_KE, f"{i}.gain": layer.gain_E}
         tensors |= {f"{i}.weights.{name}": value for name, value in layer.weights.items()}
         tensors |= {f"{i}.scores.{name}": value for name, value in layer.scores.items()}
-    write_atomic(folder / PLAN_TENSORS, serialize({name: value.contiguous() for name, value in tensors.items()}))
-    write_atomic(folder / PLAN_JSON, plan_record(plan).model_dump_json(indent=2) + "\n")
+    return tensors
 
 
 def plan_record(plan: Plan) -> PlanRecord:
@@ -274,6 +282,15 @@ def _read_record(kind: type[R], file: Path, what: str) -> R:
     if getattr(record, "format", FORMAT) != FORMAT:
         raise ConmoeError(f"{file} has format {record.format}; this version reads {FORMAT}.")  # type: ignore[attr-defined]
     return record
+
+
+def _serialize(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file; the format wants tensors that neither share memory nor leave the CPU."""
+    own = {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+    return save(own, metadata)
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -30,7 +30,10 @@ from transformers.core_model_loading import (
 from conmoe.shards import Entry, read_into, read_tensor
 from conmoe.types import ConmoeError, UsageError
 
+#: How configurations count the layers that predict further tokens (MTP), whose tensors no decoder of ours reads.
+MTP_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_ROTARY = re.compile(r"rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ def read_layout(model: PreTrainedModel, entries: Mapping[str, Entry]) -> Layout:
     """Match every tensor of a checkpoint with a parameter of ``model`` (which may be on the meta device).
 
     Raises:
+        UsageError: the tensors of a parameter are more, fewer or of another shape than the configuration says.
         ConmoeError: a parameter has no tensor, or a tensor belongs to nothing.
     """
     transforms = get_model_conversion_mapping(model)
@@ -73,6 +77,7 @@ def read_layout(model: PreTrainedModel, entries: Mapping[str, Entry]) -> Layout:
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state: dict[str, Tensor] = model.state_dict()
     ignore = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    ignore += [_ROTARY, *_further_layers(model)]
 
     sources: dict[str, list[Piece]] = defaultdict(list)
     used: dict[str, WeightConverter] = {}
@@ -83,7 +88,7 @@ def read_layout(model: PreTrainedModel, entries: Mapping[str, Entry]) -> Layout:
             sources[target].append(Piece(entries[name], pattern))
             if pattern is not None:
                 used[target] = by_pattern[pattern]
-        elif any(pattern.search(name) for pattern in ignore) or name.endswith("rotary_emb.inv_freq"):
+        elif any(pattern.search(name) for pattern in ignore):
             ignored.append(entries[name])
         else:
             raise ConmoeError(
@@ -94,6 +99,8 @@ def read_layout(model: PreTrainedModel, entries: Mapping[str, Entry]) -> Layout:
     missing = [name for name in state if name not in sources and name not in tied]
     if missing:
         raise ConmoeError(f"The checkpoint holds no tensor for {missing[0]} ({len(missing)} missing in all).")
+    for target, pieces in sources.items():
+        _check_pieces(target, pieces, used.get(target), tuple(state[target].shape))
     return Layout({target: tuple(found) for target, found in sources.items()}, used, tuple(ignored), tied)
 
 
@@ -114,7 +121,7 @@ def read_parameter(layout: Layout, model: PreTrainedModel, target: str, dtype: t
         read_into(sources[0].entry, out)
     elif is_stack(converter):
         out = torch.empty(wanted.shape, dtype=dtype)
-        _read_stack(target, sources, converter, out)
+        _read_stack(sources, converter, out)
     else:
         out = _convert(target, sources, converter, model).to(dtype)
     if out.is_floating_point() and not bool(torch.isfinite(out.sum(dtype=torch.float32))):
@@ -156,19 +163,41 @@ def renumbered(name: str, expert: int) -> str:
     return _EXPERT_NUMBER.sub(str(expert), name)
 
 
-def _read_stack(target: str, sources: tuple[Piece, ...], converter: WeightConverter, out: Tensor) -> None:
-    E, rows = out.shape[0], out.shape[1]
+def _further_layers(model: PreTrainedModel) -> list[re.Pattern[str]]:
+    """The layers after the last that predict further tokens; the class knows their number in one size of a family."""
+    last = getattr(model.config, "num_hidden_layers", 0)
+    further = getattr(model.config, MTP_FIELDS[0], None) or 0
+    return [re.compile(rf"(?:^|\.)layers\.{last + extra}\.") for extra in range(further)]
+
+
+def _check_pieces(target: str, pieces: list[Piece], converter: WeightConverter | None, shape: tuple[int, ...]) -> None:
+    """Raise unless the tensors on disk, by their headers, make up exactly the parameter that the model has."""
+    if converter is None:
+        wanted = shape
+    elif is_stack(converter):
+        parts = len(converter.source_patterns)
+        found = sorted((str(piece.pattern), piece.expert) for piece in pieces)
+        if found != sorted((pattern, expert) for pattern in converter.source_patterns for expert in range(shape[0])):
+            raise UsageError(
+                f"{target} is stored as {len(pieces)} tensors, but the configuration asks for {parts} for each of "
+                f"{shape[0]} experts: {pieces[-1].entry.name} is the last of them."
+            )
+        wanted = (shape[1] // parts, *shape[2:])
+    else:
+        return
+    for entry in (piece.entry for piece in pieces):
+        if entry.shape != wanted:
+            raise UsageError(
+                f"Tensor {entry.name} in {entry.file} has shape {list(entry.shape)}, but the configuration of the "
+                f"model asks for {list(wanted)}."
+            )
+
+
+def _read_stack(sources: tuple[Piece, ...], converter: WeightConverter, out: Tensor) -> None:
     parts = converter.source_patterns
-    if len(sources) != E * len(parts) or rows % len(parts):
-        raise UsageError(
-            f"{target} is stored as {len(sources)} tensors, but the configuration asks for {len(parts)} for each of "
-            f"{E} experts."
-        )
-    height = rows // len(parts)
+    height = out.shape[1] // len(parts)
     for source in sources:
-        part, expert = parts.index(str(source.pattern)), source.expert
-        if expert is None or expert >= E:
-            raise ConmoeError(f"Tensor {source.entry.name} belongs to no expert of {target}, which has {E}.")
+        part, expert = parts.index(str(source.pattern)), int(source.expert or 0)
         read_into(source.entry, out[expert, part * height : (part + 1) * height])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from conmoe.evaluate import Fidelity, Measured
 
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 stdout = Console(highlight=False)
 
 

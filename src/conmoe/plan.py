@@ -20,12 +20,11 @@ from conmoe.artifacts import (
     Manifest,
     building,
     checkpoint_fingerprint,
-    plan_record,
+    plan_fingerprint,
     read_layer,
     read_manifest,
     write_plan,
 )
-from conmoe.artifacts import fingerprint as fingerprint_of
 from conmoe.forms import check_groups
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import select, tensors
@@ -94,7 +93,7 @@ def plan(
         advance(len(layers))
     result = _assemble(done, request, method, options, protected, manifest)
     if out is not None:
-        with building(out, force=force, key=fingerprint_of(plan_record(result).model_dump())) as folder:
+        with building(out, force=force, key=plan_fingerprint(result)) as folder:
             write_plan(folder, result)
     return result
 

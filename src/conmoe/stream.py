@@ -49,6 +49,11 @@ class Source:
         return self.model.get_input_embeddings().get_parameter("weight").shape[0]
 
     @property
+    def consolidated(self) -> bool:
+        """Whether its routers name more experts than are stored: a ``shared`` result of an earlier run."""
+        return getattr(self.config, "num_logical_experts", None) is not None
+
+    @property
     def files(self) -> list[Path]:
         return [entry.file for entry in self.entries.values()]
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from conmoe.apply import check_plan
+from conmoe.apply import check_plan, router_rows
 from conmoe.checkpoint import disk_name
 from conmoe.forms import stored_experts
 from conmoe.moe import MoeLayer
@@ -39,6 +40,7 @@ def verify(
     made = open_source(result, trust_remote_code=trust_remote_code)
     scopes = {index: scope for scope in plan.scopes for index in scope.layers}
     layers = {layer.index: layer for layer in source.layers}
+    rows = router_rows(source, plan, form)
     for target, pieces in made.layout.sources.items():
         layer = next((layer for layer in layers.values() if target.startswith(f"{layer.experts}.")), None)
         scope = scopes.get(layer.index) if layer else None
@@ -48,7 +50,9 @@ def verify(
                 advance(piece.entry.nbytes)
         elif target in source.layout.sources:
             for new, old in zip(pieces, source.layout.sources[target], strict=True):
-                if new.entry.shape == old.entry.shape:
+                if target in rows:
+                    _same_rows(new.entry, old.entry, *rows[target])
+                else:
                     _same(new.entry, old.entry)
                 advance(new.entry.nbytes)
     if form == "shared":
@@ -90,6 +94,11 @@ def _same(new: Entry, old: Entry, new_start: int = 0, old_start: int = 0, nbytes
     length = new.nbytes if nbytes is None else nbytes
     pairs = zip(raw_chunks(new, new_start, length), raw_chunks(old, old_start, length), strict=True)
     if new.dtype != old.dtype or (nbytes is None and new.nbytes != old.nbytes) or any(a != b for a, b in pairs):
+        raise ConmoeError(f"{new.name} in {new.file} differs from the source's {old.name}; the result is damaged.")
+
+
+def _same_rows(new: Entry, old: Entry, axis: int, rows: Tensor) -> None:
+    if new.dtype != old.dtype or not torch.equal(read_tensor(new), read_tensor(old).index_select(axis, rows)):
         raise ConmoeError(f"{new.name} in {new.file} differs from the source's {old.name}; the result is damaged.")
 
 

@@ -44,24 +44,30 @@ def concatenate(parts: Sequence[Experts]) -> Experts:
     return replace(parts[0], **joined)
 
 
-def mix(tensor_E: Tensor, mixing_KE: Tensor) -> Tensor:
-    """``mixing_KE @ tensor_E`` along the expert axis; a one-hot row is copied bit for bit."""
+def mix(tensor_E: Tensor, mixing_KE: Tensor, *, rounded: bool = True) -> Tensor:
+    """``mixing_KE @ tensor_E`` along the expert axis; a one-hot row is copied bit for bit.
+
+    Args:
+        tensor_E: one tensor of all experts.
+        mixing_KE: the recipe of each prototype.
+        rounded: give the sums in the dtype of the experts; otherwise everything in the precision of the sums.
+    """
     mixed = []
     for recipe_E in mixing_KE:
         members = recipe_E.nonzero().flatten().tolist()
-        mixed.append(mixture([tensor_E[member] for member in members], recipe_E[members].tolist()))
+        mixed.append(mixture([tensor_E[member] for member in members], recipe_E[members].tolist(), rounded=rounded))
     return torch.stack(mixed)
 
 
-def mixture(members: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+def mixture(members: Sequence[Tensor], shares: Sequence[float], *, rounded: bool = True) -> Tensor:
     """The weighted sum of ``members``, in float32 or better and cast once; a single one with share 1 is itself."""
-    if list(shares) == [1.0]:
-        return members[0]
     precision = torch.promote_types(members[0].dtype, torch.float32)
+    if list(shares) == [1.0]:
+        return members[0] if rounded else members[0].to(precision)
     total = torch.zeros_like(members[0], dtype=precision)
     for member, share in zip(members, shares, strict=True):
         total.add_(member.to(precision), alpha=share)
-    return total.to(members[0].dtype)
+    return total.to(members[0].dtype) if rounded else total
 
 
 def rows(tensor: Tensor, index: Tensor, axis: int = 0) -> Tensor:

@@ -1,0 +1,90 @@
+"""Write the generated pages: what every method and every command says of itself. ``--check`` only compares.
+
+python scripts/docs.py [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+from typer.main import get_command
+
+from conmoe.cli import app
+from conmoe.registry import methods, statistics
+
+DOCS = Path(__file__).parent.parent / "docs"
+NOTICE = "<!-- written by scripts/docs.py; edit the docstrings, then run make docs -->\n"
+
+
+def methods_page() -> str:
+    lines = ["# Methods", "", NOTICE, "| method | paper | form | needs |", "|---|---|---|---|"]
+    lines += [
+        f"| [`{name}`](#{name}) | {item.paper} | {item.form} | {', '.join(item.needs) or 'nothing'} |"
+        for name, item in methods().items()
+    ]
+    for name, item in methods().items():
+        lines += ["", f"## {name}", "", item.help]
+        if item.options:
+            lines += ["", "| option | default | values | meaning |", "|---|---|---|---|"]
+            lines += [
+                f"| `{option.name}` | `{option.default}` "
+                f"| {', '.join(map(str, option.choices)) or option.type.__name__} | {option.help} |"
+                for option in item.options.values()
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def statistics_page() -> str:
+    lines = [
+        "# Statistics",
+        "",
+        NOTICE,
+        "| statistic | seen per | axes | over tokens | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{name}` | {item.per} | {item.shape} | {item.reduce} | {' '.join(item.help.split())} |"
+        for name, item in statistics().items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def commands_page() -> str:
+    lines = ["# Commands", "", NOTICE]
+    group = get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    for name, command in sorted(group.commands.items()):
+        lines += [
+            f"## conmoe {name}",
+            "",
+            command.help or "",
+            "",
+            "| argument or option | default | meaning |",
+            "|---|---|---|",
+        ]
+        for parameter in command.params:
+            option = parameter.param_type_name == "option"
+            shown = ", ".join(parameter.opts) if option else parameter.metavar or parameter.name
+            plain = parameter.default not in (None, False, ()) and not callable(parameter.default)
+            lines.append(f"| `{shown}` | {f'`{parameter.default}`' if plain else ''} | {parameter.help or ''} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    stale = []
+    for name, text in (("methods", methods_page()), ("statistics", statistics_page()), ("commands", commands_page())):
+        file = DOCS / f"{name}.md"
+        if "--check" in sys.argv:
+            stale += [file.name] * (not file.is_file() or file.read_text() != text)
+        else:
+            file.write_text(text)
+    if stale:
+        print(f"stale: {', '.join(stale)}; run make docs", file=sys.stderr)
+    return len(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
