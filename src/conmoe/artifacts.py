@@ -59,7 +59,7 @@ class Manifest(Record):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.model_dump(exclude={"layers"}))
+        return fingerprint(self.model_dump())
 
 
 class ScopeRecord(Record):

@@ -6,8 +6,10 @@ are taken out and kept, and each group of a grouped router is planned for itself
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from torch import Tensor
 from conmoe import __version__
 from conmoe.allocate import experts_kept, parse_keep, uniform
 from conmoe.artifacts import (
+    PLAN_JSON,
     Manifest,
     building,
     checkpoint_fingerprint,
-    plan_fingerprint,
+    fingerprint,
     read_layer,
     read_manifest,
+    read_plan,
     write_plan,
 )
 from conmoe.forms import check_groups
@@ -32,7 +36,7 @@ from conmoe.ops.outliers import super_experts
 from conmoe.ops.plans import embed, identity
 from conmoe.ops.subsets import join_layers, restrict
 from conmoe.registry import Form, Method, bind_options, get_method
-from conmoe.stream import Source, open_source, read_experts
+from conmoe.stream import Source, open_source, read_experts, refuse_consolidated
 from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError
 
 DEFAULT_METHOD = "conmoe"
@@ -67,7 +71,7 @@ def plan(
     Args:
         model: the checkpoint that was calibrated.
         statistics: the folder that :func:`conmoe.calibrate` wrote.
-        out: a folder for the plan; None to return it only.
+        out: a folder for the plan; None to return it only. A killed run goes on at the first unplanned layer.
         request: method, budget and options.
         force: replace ``out`` if it exists.
         advance: called with the number of layers planned since the last call.
@@ -76,26 +80,43 @@ def plan(
         UsageError: the statistics belong to another model, or the request cannot be met.
     """
     source = open_source(model, trust_remote_code=request.trust_remote_code)
+    refuse_consolidated(source)
     manifest = read_manifest(statistics)
     name = checkpoint_fingerprint(source.folder, source.files)
     if manifest.model != name:
         raise UsageError(f"{statistics} was made from another checkpoint than {model}; calibrate this one.")
     method, options, budgets, scopes = check_request(source.layers, request)
     protected = _protected(source.layers, statistics, request.protect)
-    done = []
-    for layers, keep in zip(scopes, budgets, strict=True):
+
+    def decide(layers: list[MoeLayer], keep: int) -> ScopePlan:
         loaded = [_load(source, statistics, layer, request.device) for layer in layers]
         wide_statistics, wide_experts = join_layers([part for part, _ in loaded], [part for _, part in loaded])
-        held = _positions(layers, protected)
         groups = layers[0].groups if (request.form or method.form) == "sliced" else 1
+        held = _positions(layers, protected)
         layer_plan = plan_layer(method, wide_statistics, wide_experts, keep, held, groups, options)
-        done.append(ScopePlan(tuple(layer.index for layer in layers), layer_plan))
-        advance(len(layers))
-    result = _assemble(done, request, method, options, protected, manifest)
-    if out is not None:
-        with building(out, force=force, key=plan_fingerprint(result)) as folder:
-            write_plan(folder, result)
-    return result
+        return ScopePlan(tuple(layer.index for layer in layers), layer_plan)
+
+    def assemble(done: list[ScopePlan]) -> Plan:
+        return _assemble(done, request, method, options, protected, manifest)
+
+    key = fingerprint([manifest.fingerprint, asdict(request)])
+    with nullcontext(None) if out is None else building(out, force=force, key=key) as folder:
+        done = []
+        for layers, keep in zip(scopes, budgets, strict=True):
+            part = folder and folder / f"layer-{layers[0].index:05}"
+            if part and (part / PLAN_JSON).is_file():
+                done += read_plan(part).scopes
+            else:
+                done.append(decide(layers, keep))
+                if part:
+                    part.mkdir(exist_ok=True)
+                    write_plan(part, assemble(done[-1:]))
+            advance(len(layers))
+        if folder:
+            write_plan(folder, assemble(done))
+            for part in folder.glob("layer-*"):
+                shutil.rmtree(part)
+    return assemble(done)
 
 
 def check_request(
