@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conmoe import __version__
-from conmoe.stream import open_source
 from conmoe.apply import checkpoint_fingerprint
+from conmoe.stream import open_source
 from conmoe.types import LayerPlan, Plan, ScopePlan
 from tests.conftest import token_data
 from tests.families import EXPERTS

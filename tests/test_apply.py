@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -43,8 +44,11 @@ from tests.results import (
 families = pytest.mark.parametrize("family", TINY)
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
-Planned = Callable[[str, str], Plan]
+Planned = Callable[[str, str, str], Plan]
 Written = Callable[[str, str, str], Path]
+
+
+APPLY = importlib.import_module("conmoe.apply")  # the package shows the function of that name
 
 
 class Stop(Exception):
@@ -53,14 +57,15 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def planned(checkpoint: Checkpoint, calibrated: Checkpoint) -> Planned:
-    """``planned(family, method)``: half of the experts stay."""
-    made: dict[tuple[str, str], Plan] = {}
+    """``planned(family, method, form)``: half of the experts stay."""
+    made: dict[tuple[str, str, bool], Plan] = {}
 
-    def get(family: str, method: str) -> Plan:
-        if (family, method) not in made:
-            request = conmoe.Request(method=method)
-            made[family, method] = conmoe.plan(checkpoint(family), calibrated(family), request=request)
-        return made[family, method]
+    def get(family: str, method: str, form: str) -> Plan:
+        key = family, method, form == "sliced"
+        if key not in made:
+            request = conmoe.Request(method=method, form=form)
+            made[key] = conmoe.plan(checkpoint(family), calibrated(family), request=request)
+        return made[key]
 
     return get
 
@@ -73,9 +78,8 @@ def written(checkpoint: Checkpoint, planned: Planned, tmp_path_factory: pytest.T
     def get(family: str, method: str, form: str) -> Path:
         if (family, method, form) not in made:
             out = tmp_path_factory.mktemp("results") / f"{family}-{method}-{form}"
-            made[family, method, form] = conmoe.apply(
-                checkpoint(family), planned(family, method), out, form=form
-            ).folder
+            plan = planned(family, method, form)
+            made[family, method, form] = conmoe.apply(checkpoint(family), plan, out, form=form).folder
         return made[family, method, form]
 
     return get
@@ -104,7 +108,7 @@ def moe_of(folder: Path) -> list[int]:
 )
 @families
 def test_what_is_kept_is_the_sources_bit_for_bit_under_its_names(family, method, form, checkpoint, planned, written):
-    plan, result = planned(family, method), written(family, method, form)
+    plan, result = planned(family, method, form), written(family, method, form)
     tensors = on_disk(result)
     assert_bits(without_maps(tensors), expected_disk(checkpoint(family), plan, form))
     maps = {name: value for name, value in tensors.items() if name not in without_maps(tensors)}
@@ -137,7 +141,7 @@ def test_keeping_everything_changes_nothing(family, form, checkpoint, calibrated
 def test_sliced_answers_as_the_source_with_dropped_logits_at_minus_infinity(
     family, method, checkpoint, planned, written
 ):
-    plan = planned(family, method)
+    plan = planned(family, method, "sliced")
     dropped = {layer: (part.assignment_E < 0).nonzero().flatten().tolist() for layer, part in by_layer(plan).items()}
     assert all(len(experts) == EXPERTS // 2 for experts in dropped.values())
     source = load_stock(checkpoint(family))
@@ -168,7 +172,7 @@ def test_every_size_in_a_sliced_config_is_right(family, checkpoint, written):
     [
         ("qwen3_moe", {"num_local_experts": None, "num_experts": EXPERTS}),  # as published
         ("qwen3_moe", {"num_experts": EXPERTS}),
-        ("deepseek_v3", {"n_routed_experts": None, "num_local_experts": EXPERTS}),
+        ("glm4_moe", {"n_routed_experts": None, "num_local_experts": EXPERTS, "n_group": 1}),
         ("ernie4_5_moe", {"moe_num_experts": None, "num_experts": EXPERTS}),
         ("mixtral", {"num_local_experts": None}),  # the default of its class
     ],
@@ -181,7 +185,7 @@ def test_the_count_is_changed_under_whatever_name_states_it(family, fields, form
     conmoe.apply(folder, plan, tmp_path / "out", form=form)
     stated = {name: value for name, value in config_of(tmp_path / "out").items() if name in COUNTS}
     assert set(stated.values()) == {EXPERTS // 2}
-    assert {name for name, value in fields.items() if value} <= set(stated)
+    assert {name for name, value in fields.items() if value == EXPERTS} <= set(stated)
     for _, _, _, experts in blocks(load(tmp_path / "out")):
         assert len(experts.down_proj) == EXPERTS // 2
 
@@ -191,12 +195,17 @@ def first_half() -> LayerPlan:
     return conmoe.ops.plans.remap(torch.arange(EXPERTS // 2), torch.arange(EXPERTS) % (EXPERTS // 2))
 
 
+def every_other() -> LayerPlan:
+    """Of two neighbours the first answers for both."""
+    return conmoe.ops.plans.remap(torch.arange(0, EXPERTS, 2), torch.arange(EXPERTS) // 2)
+
+
 # The shared and the expanded form -----------------------------------------------------------------------------------
 
 
 @families
 def test_shared_expanded_and_a_redirected_source_are_one(family, checkpoint, planned, written):
-    plan = planned(family, "conmoe")
+    plan = planned(family, "conmoe", "shared")
     answers = {
         layer: [kept(part)[prototype] for prototype in part.assignment_E] for layer, part in by_layer(plan).items()
     }
@@ -463,9 +472,12 @@ def test_what_is_consolidated_is_not_consolidated_again(written, tmp_path):
 
 
 def test_a_family_without_shared_classes_is_refused_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    def none(model_type: str) -> None:
+        raise conmoe.ConmoeError("no such classes")
+
     folder = checkpoint("olmoe")
-    monkeypatch.setitem(conmoe.runtime.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "olmoe", ("several", "classes"))
-    with pytest.raises(conmoe.ConmoeError, match="no causal language model"):
+    monkeypatch.setattr(conmoe.runtime, "class_names", none)
+    with pytest.raises(conmoe.ConmoeError, match="no such classes"):
         conmoe.apply(folder, hand_made(folder, {(0,): first_half()}), tmp_path / "out", form="shared")
     assert not list(tmp_path.iterdir())
 
@@ -530,7 +542,7 @@ def test_layers_that_predict_further_tokens_are_left_out_and_the_config_says_so(
     extra = {f"model.layers.3.{name}": torch.randn(4, 4) for name in names}
     folder = with_tensors(copied(family), **extra)
     edit_config(folder, num_nextn_predict_layers=1)
-    plan = hand_made(folder, {(layer,): first_half() for layer in moe_of(folder)})
+    plan = hand_made(folder, {(layer,): every_other() for layer in moe_of(folder)})
     for form in ("sliced", "shared"):
         applied = conmoe.apply(folder, plan, tmp_path / form, form=form)
         assert set(applied.dropped) == set(extra)
@@ -571,7 +583,7 @@ def test_a_tensor_without_a_place_is_an_error(family, name, copied, tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_shards_in_and_shards_out(family, form, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("conmoe.apply.SHARD_BYTES", 30_000)
+    monkeypatch.setattr(APPLY, "SHARD_BYTES", 30_000)
     sharded = tmp_path / "sharded"
     load_stock(checkpoint(family)).save_pretrained(sharded, max_shard_size="25KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -608,8 +620,8 @@ def stopping(after: int) -> Callable[[int, int], None]:
 
 @pytest.mark.parametrize("percent", [0, 40, 99])
 def test_a_killed_run_resumes_to_the_same_bytes(percent, checkpoint, planned, tmp_path, monkeypatch):
-    monkeypatch.setattr("conmoe.apply.SHARD_BYTES", 20_000)
-    folder, plan = checkpoint("mixtral"), planned("mixtral", "conmoe")
+    monkeypatch.setattr(APPLY, "SHARD_BYTES", 20_000)
+    folder, plan = checkpoint("mixtral"), planned("mixtral", "conmoe", "shared")
     before = bytes_in(folder)
     conmoe.apply(folder, plan, tmp_path / "whole")
     with pytest.raises(Stop):
@@ -625,7 +637,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(percent, checkpoint, planned, tm
 
 def test_another_plan_does_not_resume_what_one_plan_began(checkpoint, tmp_path, monkeypatch):
     """Also where the two differ in nothing but the shares of a mixture, a gain, or new weights."""
-    monkeypatch.setattr("conmoe.apply.SHARD_BYTES", 20_000)
+    monkeypatch.setattr(APPLY, "SHARD_BYTES", 20_000)
     folder = checkpoint("olmoe")
     base = merging(gains=False)
     other_shares = merging(gains=False).mixing_KE.clone()
@@ -692,10 +704,10 @@ def flip(file: Path, name: str) -> None:
 )
 def test_verify_sees_one_flipped_bit(family, form, name, checkpoint, planned, written, tmp_path):
     damaged = shutil.copytree(written(family, "conmoe", form), tmp_path / "damaged")
-    conmoe.verify(damaged, checkpoint(family), planned(family, "conmoe"), form)
+    conmoe.verify(damaged, checkpoint(family), planned(family, "conmoe", form), form)
     flip(damaged / "model.safetensors", name)
     with pytest.raises(conmoe.ConmoeError, match=rf"{name.replace('.', '[.]')} in .* differs from"):
-        conmoe.verify(damaged, checkpoint(family), planned(family, "conmoe"), form)
+        conmoe.verify(damaged, checkpoint(family), planned(family, "conmoe", form), form)
 
 
 def test_verify_sees_values_that_are_not_finite(checkpoint, tmp_path):

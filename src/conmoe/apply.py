@@ -27,8 +27,18 @@ from conmoe.moe import MoeLayer, count_field, family_layout, logical_rows
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.registry import Form
 from conmoe.report.card import model_card
-from conmoe.shards import Entry, Output, bytes_of, raw_chunks, read_tensor, tensor_output, torch_dtype, write_shards
-from conmoe.stream import Source, open_source, read_experts
+from conmoe.shards import (
+    DTYPE_NAMES,
+    Entry,
+    Output,
+    bytes_of,
+    raw_chunks,
+    read_tensor,
+    tensor_output,
+    torch_dtype,
+    write_shards,
+)
+from conmoe.stream import Source, open_source, read_experts, refuse_consolidated
 from conmoe.types import ConmoeError, Plan, ScopePlan, UsageError
 
 PLAN_FOLDER = "conmoe"
@@ -90,15 +100,9 @@ def apply(
     return Applied(out, form, total, size, dropped)
 
 
-def check_source(source: Source) -> None:
-    """Raise if the experts of ``source`` already are the prototypes of another plan."""
-    if source.consolidated:
-        raise UsageError(f"{source.folder} is consolidated already; plan for the checkpoint it was made from.")
-
-
 def check_plan(source: Source, plan: Plan) -> None:
     """Raise unless ``plan`` was made for this very checkpoint and covers its MoE layers."""
-    check_source(source)
+    refuse_consolidated(source)
     name = checkpoint_fingerprint(source.folder, source.files)
     if plan.source != name:
         raise UsageError(f"The plan was made for another checkpoint than {source.folder}; plan again for this one.")
@@ -140,8 +144,8 @@ def _outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tupl
             outputs += [_copy(piece.entry) for piece in sources]
         done.add(target)
     if form == "shared":
-        for scope in plan.scopes:
-            outputs += _maps(source, layers, scope)
+        for index, layer in layers.items():
+            outputs += _maps(source, layer, scope_of.get(index))
     if form == "expanded":
         return outputs + [_copy(entry) for entry in source.layout.ignored], ()
     return outputs, tuple(entry.name for entry in source.layout.ignored)
@@ -258,19 +262,24 @@ def _rows(entry: Entry, axis: int, rows: Tensor) -> Output:
     return tensor_output(entry.name, entry.dtype, shape, lambda: read_tensor(entry).index_select(axis, rows))
 
 
-def _maps(source: Source, layers: Mapping[int, MoeLayer], scope: ScopePlan) -> Iterator[Output]:
-    """The map and the gains of each layer of a scope, under its router."""
-    W = len(scope.layers)
-    for position, index in enumerate(scope.layers):
-        prefix = layers[index].router
-        maps = {
-            "expert_map": scope.plan.assignment_E.view(W, -1)[position].contiguous(),
-            "expert_gain": scope.plan.gain_E.view(W, -1)[position].float().contiguous(),
-        }
-        for name, value in maps.items():
-            kind = "I64" if value.dtype == torch.int64 else "F32"
-            disk = disk_name(source.model, f"{prefix}.{name}", value)
-            yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
+def maps(layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Tensor]:
+    """The map and the gains in the router of one layer, by name; a layer that is not planned maps to itself."""
+    if scope is None:
+        return {"expert_map": torch.arange(layer.logical), "expert_gain": torch.ones(layer.logical)}
+    position = scope.layers.index(layer.index)
+    mine = slice(position * layer.logical, (position + 1) * layer.logical)
+    return {"expert_map": scope.plan.assignment_E[mine], "expert_gain": scope.plan.gain_E[mine].float()}
+
+
+def map_name(source: Source, layer: MoeLayer, name: str, value: Tensor) -> str:
+    """The name on disk of a map or its gains."""
+    return disk_name(source.model, f"{layer.router}.{name}", value)
+
+
+def _maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> Iterator[Output]:
+    for name, value in maps(layer, scope).items():
+        disk, kind = map_name(source, layer, name, value), DTYPE_NAMES[value.dtype]
+        yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
 
 
 def _copy(entry: Entry) -> Output:

@@ -27,7 +27,7 @@ from conmoe.evaluate import Fidelity, evaluate
 from conmoe.forms import is_approximate
 from conmoe.plan import Request, check_request, plan
 from conmoe.registry import Form
-from conmoe.stream import open_source
+from conmoe.stream import open_source, refuse_consolidated
 from conmoe.types import Plan
 from conmoe.verify import verify
 
@@ -163,6 +163,7 @@ def _read_text(file: Path) -> str | None:
 def check(model: Path, out: Path, request: Request, *, force: bool = False) -> None:
     """Everything that can be refused before text is read: the model, the request, the output."""
     source = open_source(model, trust_remote_code=request.trust_remote_code)
+    refuse_consolidated(source)
     check_request(source.layers, request)
     check_free(out, force=force)
 

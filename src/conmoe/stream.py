@@ -49,11 +49,6 @@ class Source:
         return self.model.get_input_embeddings().get_parameter("weight").shape[0]
 
     @property
-    def consolidated(self) -> bool:
-        """Whether its routers name more experts than are stored: a ``shared`` result of an earlier run."""
-        return getattr(self.config, "num_logical_experts", None) is not None
-
-    @property
     def files(self) -> list[Path]:
         return [entry.file for entry in self.entries.values()]
 
@@ -108,6 +103,12 @@ def open_source(
     model = _meta_model(config, dtype or _dtype_on_disk(config, entries), experts_implementation, trust_remote_code)
     layers = moe_layers(model)
     return Source(folder, config, model, entries, read_layout(model, entries), layers)
+
+
+def refuse_consolidated(source: Source) -> None:
+    """Raise if the experts of ``source`` already are the prototypes of an earlier plan."""
+    if getattr(source.config, "num_logical_experts", None) is not None:
+        raise UsageError(f"{source.folder} is consolidated already; compress the checkpoint it was made from.")
 
 
 def read_experts(source: Source, layer: MoeLayer) -> Experts:

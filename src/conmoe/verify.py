@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conmoe.apply import check_plan, router_rows
-from conmoe.checkpoint import disk_name
+from conmoe.apply import check_plan, map_name, maps, router_rows
 from conmoe.forms import stored_experts
 from conmoe.moe import MoeLayer
 from conmoe.registry import Form
@@ -56,8 +55,8 @@ def verify(
                     _same(new.entry, old.entry)
                 advance(new.entry.nbytes)
     if form == "shared":
-        for scope in plan.scopes:
-            _check_maps(source, made, layers, scope)
+        for index, layer in layers.items():
+            _check_maps(source, made, layer, scopes.get(index))
     _check_forward(made)
 
 
@@ -102,14 +101,11 @@ def _same_rows(new: Entry, old: Entry, axis: int, rows: Tensor) -> None:
         raise ConmoeError(f"{new.name} in {new.file} differs from the source's {old.name}; the result is damaged.")
 
 
-def _check_maps(source: Source, made: Source, layers: dict[int, MoeLayer], scope: ScopePlan) -> None:
-    W = len(scope.layers)
-    for position, index in enumerate(scope.layers):
-        for name, value in (("expert_map", scope.plan.assignment_E), ("expert_gain", scope.plan.gain_E.float())):
-            expected = value.view(W, -1)[position]
-            entry = made.entries[disk_name(source.model, f"{layers[index].router}.{name}", expected)]
-            if not torch.equal(read_tensor(entry), expected):
-                raise ConmoeError(f"{entry.name} in {entry.file} differs from the plan; the result is damaged.")
+def _check_maps(source: Source, made: Source, layer: MoeLayer, scope: ScopePlan | None) -> None:
+    for name, value in maps(layer, scope).items():
+        entry = made.entries[map_name(source, layer, name, value)]
+        if not torch.equal(read_tensor(entry), value):
+            raise ConmoeError(f"{entry.name} in {entry.file} differs from the plan; the result is damaged.")
 
 
 def _check_forward(made: Source) -> None:
