@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -33,23 +35,26 @@ class Bars:
     """Progress bars on standard error, one for each stage; where nobody watches, a line at the end of each."""
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """A bar that is told what was done; a total of 0 means that it is not known beforehand."""
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        """A bar that is told what was done, and the total with it where that is not known beforehand (0)."""
         began = time.perf_counter()
-        columns = (
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            _Rate(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=stderr, transient=True) as progress:
-            task = progress.add_task(name, total=total or None, unit=unit)
-            yield lambda amount: progress.advance(task, amount)
+        if stderr.is_terminal:
+            columns = (
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                _Rate(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=stderr, transient=True) as progress:
+                task = progress.add_task(name, total=total or None, unit=unit)
+                yield lambda done, total=None: progress.update(task, advance=done, total=total)
+        else:  # a file or a pipe would get an empty line from every bar
+            yield lambda done, total=None: None
         stderr.print(f"{name:<10} {time.perf_counter() - began:.1f} s")
 
     def note(self, text: str) -> None:
-        stderr.print(text, style="dim")
+        stderr.print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def emit(value: Any) -> None:
@@ -57,22 +62,24 @@ def emit(value: Any) -> None:
     sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def fidelity_table(title: str, rows: Sequence[tuple[str, str, Fidelity]]) -> Table:
-    """Name, form and fidelity of one or several results, best first."""
-    table = Table(title=title, title_justify="left")
-    for column in ("model", "form", "size", "KL (nats/token)", "top-1 agreement", "excess loss", "perplexity"):
-        table.add_column(column, justify="left" if column in ("model", "form") else "right")
-    for name, form, fidelity in rows:
+def fidelity_table(title: str, rows: Sequence[tuple[str, str, Fidelity]]) -> Group:
+    """Name, form and fidelity of one or several results, narrow enough for 80 characters."""
+    paired = any(found.kl for _, _, found in rows)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold", min_width=10)
+    for heading in ("size", *(("KL", "agreement", "excess loss") if paired else ("loss",)), "ppl"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, form, found in rows:
+        numbers = [measured(found.kl), measured(found.top1_agreement, percent=True), measured(found.excess_loss)]
         table.add_row(
-            name,
-            form,
-            size(fidelity.bytes),
-            measured(fidelity.kl),
-            measured(fidelity.top1_agreement, percent=True),
-            measured(fidelity.excess_loss),
-            measured(fidelity.perplexity, digits=2),
+            f"{name} ({form})" if form else name,
+            size(found.bytes),
+            *(numbers if paired else [measured(found.loss)]),
+            f"{found.perplexity.value:.4g}",
         )
-    return table
+    what = "KL and loss" if paired else "Loss"
+    note = Text(f"{what} in nats per token; ± one standard error over sequences.", style="dim")
+    return Group(Text(title, style="italic"), table, note)
 
 
 def facts(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -83,19 +90,28 @@ def facts(title: str, rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def measured(number: Measured | None, *, digits: int = 4, percent: bool = False) -> str:
-    """A value with its standard error."""
+def measured(number: Measured | None, *, percent: bool = False) -> str:
+    """A value and its standard error, to the second digit of the error."""
     if number is None:
         return "-"
-    scale, unit, digits = (100, " %", 2) if percent else (1, "", digits)
-    error = "" if number.stderr != number.stderr else f" ± {number.stderr * scale:.{digits}f}"
-    return f"{number.value * scale:.{digits}f}{error}{unit}"
+    if percent:
+        number = Measured(100 * number.value, 100 * number.stderr)
+    digits, unit = _digits(number), "%" if percent else ""
+    error = "" if math.isnan(number.stderr) else f" ± {number.stderr:.{digits}f}"
+    return f"{number.value:.{digits}f}{error}{unit}"
+
+
+def _digits(number: Measured) -> int:
+    """Decimals that show two digits of the error, at least one and at most four."""
+    if not 0 < number.stderr < math.inf:
+        return 4
+    return min(max(1 - math.floor(math.log10(number.stderr)), 1), 4)
 
 
 def size(nbytes: float) -> str:
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= step:
-            return f"{nbytes / step:.2f} {unit}"
+            return f"{nbytes / step:.4g} {unit}"
     return f"{nbytes:.0f} B"
 
 
