@@ -49,7 +49,9 @@ class Observer:
 
     def router(self, module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
         """Forward hook of the router; returns nothing, so that it changes nothing."""
-        self._logits_TE = output[0].detach().reshape(-1, output[0].shape[-1])
+        # Routers give (logits, weights, indices), but GraniteMoE's before Transformers 5.20 the reverse.
+        logits = output[0] if output[0].is_floating_point() else output[-1]
+        self._logits_TE = logits.detach().reshape(-1, logits.shape[-1])
 
     def batch(self, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> None:
         """All tokens of a batch, as the experts module receives them."""
