@@ -663,9 +663,12 @@ def test_an_existing_result_is_replaced_by_force_only(checkpoint, tmp_path):
     out.mkdir()
     (out / "precious").write_text("mine")
     refused_plan = halved([0, 1], folder)
+    with pytest.raises(conmoe.UsageError, match="was not written by conmoe"):
+        conmoe.apply(folder, refused_plan, out, force=True)
+    (out / "plan.json").write_text("{}")
     with pytest.raises(conmoe.UsageError, match="exists; choose another name"):
         conmoe.apply(folder, refused_plan, out)
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "precious"]
+    assert {file.name for file in tmp_path.rglob("*")} == {"out", "precious", "plan.json"}
     with pytest.raises(Stop):
         conmoe.apply(folder, refused_plan, out, force=True, advance=stopping(10))
     assert (out / "precious").exists()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,24 @@ def apply(
         UsageError: the plan belongs to another checkpoint, or the form cannot hold it.
     """
     plan = read_plan(plan) if isinstance(plan, Path) else plan
+    with applying(
+        model, plan, out, form=form, force=force, trust_remote_code=trust_remote_code, advance=advance
+    ) as applied:
+        return replace(applied, folder=out)
+
+
+@contextmanager
+def applying(
+    model: Path,
+    plan: Plan,
+    out: Path,
+    *,
+    form: Form | None,
+    force: bool,
+    trust_remote_code: bool,
+    advance: Callable[[int, int], None],
+) -> Iterator[Applied]:
+    """Like :func:`apply`, but the folder gets its name when the context ends; until then it can be looked at."""
     source = open_source(model, trust_remote_code=trust_remote_code)
     form = form or plan.default_form  # type: ignore[assignment]
     assert form is not None
@@ -92,12 +111,19 @@ def apply(
     config = _config(source, plan, form, without_mtp=bool(dropped))
     total = sum(output.nbytes for output in outputs)
     key = fingerprint([plan_fingerprint(plan), form])
+    refuse_overlap(out, model)
     with building(out, force=force, key=key) as partial_folder:
         check_space(partial_folder, total)
         write_shards(outputs, partial_folder, SHARD_BYTES, lambda nbytes: advance(nbytes, total))
         _write_rest(source, plan, form, config, partial_folder)
-    size = sum(entry.nbytes for entry in source.entries.values())
-    return Applied(out, form, total, size, dropped)
+        yield Applied(partial_folder, form, total, sum(entry.nbytes for entry in source.entries.values()), dropped)
+
+
+def refuse_overlap(out: Path, model: Path) -> None:
+    """Raise if writing ``out`` would touch the source."""
+    new, old = out.resolve(), model.resolve()
+    if new == old or new in old.parents or old in new.parents:
+        raise UsageError(f"{out} is, holds or lies in the source {model}; choose another place.")
 
 
 def check_plan(source: Source, plan: Plan) -> None:

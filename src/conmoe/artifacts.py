@@ -27,6 +27,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PLAN_JSON, PLAN_TENSORS = "plan.json", "plan.safetensors"
 _BLOCKS, _BLOCK = 16, 65536
+_LABEL = "key.json"
+_FINISHED = (MANIFEST, PLAN_JSON, f"conmoe/{PLAN_JSON}", "results.json")  # one of them is in all that conmoe writes
 
 
 class Record(BaseModel):
@@ -129,29 +131,36 @@ def building(out: Path, *, force: bool = False, key: str = "") -> Iterator[Path]
         UsageError: ``out`` exists and ``force`` is not given.
     """
     check_free(out, force=force)
-    partial, label = partial_of(out), "key.json"
-    if partial.exists() and _text(partial / label) != key:
+    partial, retired = partial_of(out), out.with_name(out.name + ".replaced")
+    if partial.exists() and _text(partial / _LABEL) != key:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    write_atomic(partial / label, key)
+    write_atomic(partial / _LABEL, key)
     yield partial
-    (partial / label).unlink()
+    (partial / _LABEL).unlink(missing_ok=True)
+    shutil.rmtree(retired, ignore_errors=True)
     if out.exists():
-        retired = out.with_name(out.name + ".replaced")
-        shutil.rmtree(retired, ignore_errors=True)
         os.replace(out, retired)
-        os.replace(partial, out)
-        shutil.rmtree(retired)
-    else:
-        os.replace(partial, out)
+    os.replace(partial, out)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def spoil(partial: Path) -> None:
+    """Make sure that the next run does not go on from ``partial`` but begins anew."""
+    (partial / _LABEL).unlink()
 
 
 def check_free(out: Path, *, force: bool) -> None:
-    """Raise a UsageError if something is in the way of ``out``."""
-    if out.exists() and not force:
+    """Raise a UsageError if something is in the way of ``out``; with ``force``, if it is not conmoe's to delete."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
         raise UsageError(f"{out} exists; choose another name, or --force to replace it.")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; conmoe writes a folder there.")
+    if out.is_symlink() or not out.is_dir():
+        kind = "link" if out.is_symlink() else "file"
+        raise UsageError(f"{out} is a {kind}; conmoe writes a folder there and replaces nothing else.")
+    if any(out.iterdir()) and not any((out / name).is_file() for name in _FINISHED):
+        raise UsageError(f"{out} was not written by conmoe, and --force does not replace it; choose another name.")
 
 
 def partial_of(out: Path) -> Path:
@@ -245,7 +254,7 @@ def read_plan(folder: Path) -> Plan:
     Raises:
         UsageError: the folder holds no plan.
     """
-    record = _read_record(PlanRecord, folder / PLAN_JSON, "a plan; make one with conmoe plan")
+    record = _read_record(PlanRecord, folder / PLAN_JSON, "plan; make one with conmoe plan")
     tensors, _ = _read_tensors(folder / PLAN_TENSORS)
 
     def named(prefix: str) -> Mapping[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,17 +19,18 @@ from transformers.utils import logging as transformers_logging
 
 import conmoe
 from conmoe import console
-from conmoe.artifacts import read_plan
+from conmoe.artifacts import check_free, read_manifest, read_plan
 from conmoe.builtin_text import BUILTIN_NAME
 from conmoe.calibrate import Calibration
 from conmoe.compress import Result
 from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, overlap, parse_spec
+from conmoe.documents import first_line
 from conmoe.forms import is_approximate
 from conmoe.locate import locate, locate_headers
-from conmoe.parallel import Ranks
+from conmoe.parallel import Ranks, refuse_several
 from conmoe.plan import DEFAULT_METHOD, Request
 from conmoe.registry import Form, get_method, methods
-from conmoe.stream import load_config
+from conmoe.stream import load_config, open_source
 from conmoe.types import ConmoeError, Plan, UsageError
 
 app = typer.Typer(
@@ -49,12 +52,16 @@ Data = Annotated[
         "if wanted: wiki.txt@0.3. Repeatable. Without it a small built-in text is used.",
     ),
 ]
-Tokens = Annotated[int, typer.Option(help="How many tokens of text to use.")]
-SeqLen = Annotated[int | None, typer.Option(help="Length of a sequence; by default 512, or what the model allows.")]
+Tokens = Annotated[int, typer.Option(min=1, help="How many tokens of text to use.")]
+SeqLen = Annotated[
+    int | None, typer.Option(min=2, help="Length of a sequence; by default 512, or what the model allows.")
+]
 Seed = Annotated[int, typer.Option(help="Chooses the documents and the token sample.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16, float16 or float32.")]
-Sample = Annotated[int, typer.Option(help="Tokens of each layer's sample, which functional distances are measured on.")]
+Sample = Annotated[
+    int, typer.Option(min=1, help="Tokens of each layer's sample, which functional distances are measured on.")
+]
 Keep = Annotated[
     str, typer.Option(help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep.")
 ]
@@ -66,7 +73,7 @@ Protect = Annotated[
     list[str] | None,
     typer.Option(help="Experts that must stay: super (the default), none, or LAYER:EXPERT. Repeatable."),
 ]
-Scope = Annotated[int, typer.Option(help="Neighbouring layers that share one pool of prototypes: 1, 2, 4 ...")]
+Scope = Annotated[int, typer.Option(min=1, help="Neighbouring layers that share one pool of prototypes: 1, 2, 4 ...")]
 FormName = Annotated[
     str | None, typer.Option("--form", help="shared, sliced or expanded; by default what suits the method.")
 ]
@@ -112,7 +119,7 @@ def inspect(model: Model, json: Json = False, trust_remote_code: Remote = False)
         ),
         ("legal counts, sliced form", _ranges(found.legal_sliced_counts)),
         ("memory to compress, about", size(found.estimated_peak_bytes)),
-        ("time to calibrate on this CPU, about", f"{found.estimated_seconds:.0f} s for 16,384 tokens"),
+        ("time to calibrate on this CPU, about", f"{max(1, math.ceil(found.estimated_seconds))} s for 16,384 tokens"),
     ]
     console.stdout.print(console.facts(str(model), rows))
 
@@ -153,9 +160,10 @@ def calibrate(
     """
     folder = locate(model)
     options = Calibration(sample, seed, _device(device), _dtype(dtype), None, trust_remote_code)
+    depth = _depth(folder, trust_remote_code)
+    check_free(statistics, force=force)
     text = _text(folder, data, tokens, seq_len, seed, trust_remote_code)
-    depth = load_config(folder, trust_remote_code=trust_remote_code).num_hidden_layers
-    with console.Bars().stage("calibrate", text.tokens * depth, "tokens x layers") as advance:
+    with console.Bars().stage("calibrate", _own(text.tokens * depth), "tokens x layers") as advance:
         conmoe.calibrate(folder, statistics, text, options, force=force, advance=advance)
     _say(f"Statistics of {text.tokens:,} tokens are in {statistics}.")
 
@@ -198,9 +206,9 @@ def plan(
     Example: `conmoe plan allenai/OLMoE-1B-7B-0125 stats plan --method reap --keep 48`
     """
     folder = locate(model)
+    refuse_several("plan")
     request = _request(method, keep, option, protect, scope, form, _device(device), trust_remote_code)
-    depth = load_config(folder, trust_remote_code=trust_remote_code).num_hidden_layers
-    with console.Bars().stage("plan", depth, "layers") as advance:
+    with console.Bars().stage("plan", len(read_manifest(statistics).layers), "layers") as advance:
         made = conmoe.plan(folder, statistics, out, request, force=force, advance=advance)
     _describe(made)
     _say(f"The plan is in {out}; read {out / 'plan.json'}, or apply it with conmoe apply.")
@@ -219,6 +227,7 @@ def apply(
 
     Example: `conmoe apply allenai/OLMoE-1B-7B-0125 plan olmoe-half --form sliced`
     """
+    refuse_several("apply")
     folder, made = locate(model), read_plan(plan)
     with console.Bars().stage("apply", 0, "bytes") as advance:
         done = conmoe.apply(
@@ -228,7 +237,7 @@ def apply(
             form=_form(form),
             force=force,
             trust_remote_code=trust_remote_code,
-            advance=lambda nbytes, total: advance(nbytes),
+            advance=advance,
         )
     _warn_approximate(made, done.form)
     _say(f"{out}: {console.size(done.bytes)} of {console.size(done.source_bytes)}, {done.form} form.")
@@ -254,7 +263,7 @@ def compress(
         typer.Option("--eval-data", metavar="SPEC", help="Held-out text to measure on; by default built-in text."),
     ] = None,
     evaluate_tokens: Annotated[
-        int, typer.Option("--eval-tokens", help="Tokens to measure on; 0 measures nothing.")
+        int, typer.Option("--eval-tokens", min=0, help="Tokens to measure on; 0 measures nothing.")
     ] = 8192,
     work: Annotated[
         Path | None,
@@ -272,9 +281,10 @@ def compress(
     Example: `conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data wiki.txt`
     """
     folder = locate(model)
-    bars = console.Bars()
     request = _request(method, keep, option, protect, scope, form, _device(device), trust_remote_code)
+    calibration = Calibration(sample, seed, request.device, _dtype(dtype), None, trust_remote_code)
     conmoe.check(folder, out, request, force=force)
+    _specs(evaluate_data)
     text = _text(folder, data, tokens, seq_len, seed, trust_remote_code)
     held_out = None
     if evaluate_tokens:
@@ -287,9 +297,9 @@ def compress(
         kept,
         text,
         request,
-        bars,
-        calibration=Calibration(sample, seed, _device(device), _dtype(dtype), None, trust_remote_code),
-        form=_form(form),
+        console.Bars(),
+        calibration=calibration,
+        form=request.form,
         held_out=held_out,
         verified=verify,
         force=force,
@@ -321,17 +331,20 @@ def evaluate(
     """
     folder = locate(model)
     source = locate(against) if against else None
+    where, kind = _device(device), _dtype(dtype)
+    if output and output.is_dir():
+        raise UsageError(f"--output {output} is a folder; name the file to write.")
+    depth = sum(_depth(each, trust_remote_code) for each in (folder, source) if each)
     text = _text(folder, data, tokens, seq_len, seed, trust_remote_code, part="evaluation")
     if (folder / "conmoe" / "results.json").is_file():
         _warn_overlap(text, conmoe.calibration_documents(folder))
-    depth = load_config(folder, trust_remote_code=trust_remote_code).num_hidden_layers
-    with console.Bars().stage("evaluate", text.tokens * depth * (2 if source else 1), "tokens x layers") as advance:
+    with console.Bars().stage("evaluate", _own(text.tokens * depth), "tokens x layers") as advance:
         found = conmoe.evaluate(
             folder,
             text,
             against=source,
-            device=_device(device),
-            dtype=_dtype(dtype),
+            device=where,
+            dtype=kind,
             trust_remote_code=trust_remote_code,
             advance=advance,
         )
@@ -344,6 +357,7 @@ def evaluate(
         **found.as_json(),
     }
     if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         conmoe.write_json(output, record)
     if json:
         console.emit(record)
@@ -449,12 +463,15 @@ def _text(
     trust_remote_code: bool,
     part: Any = "calibration",
 ) -> TokenData:
-    specs: list[DataSpec] = [parse_spec(text) for text in data or []]
+    specs = _specs(data)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if not specs:
-        _say(f"No text given: using {BUILTIN_NAME} ({part} part). Give --data for text like that of your users.")
-    length = seq_len or min(512, getattr(config, "max_position_embeddings", None) or 512)
+        _say(f"No text given for {part}: using the {part} part of the {BUILTIN_NAME}; better give text of your users.")
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if seq_len and seq_len > longest:
+        raise UsageError(f"--seq-len {seq_len} is more than the {longest} positions of the model.")
+    length = seq_len or min(512, longest)
     return load_tokens(
         tokenizer,
         specs,
@@ -465,6 +482,21 @@ def _text(
         shuffle=part == "calibration" or not specs,
         vocab_size=config.vocab_size,
     )
+
+
+def _specs(data: list[str] | None) -> list[DataSpec]:
+    return [parse_spec(text) for text in data or []]
+
+
+def _depth(folder: Path, trust_remote_code: bool) -> int:
+    """The number of decoder layers of a checkpoint, which is checked by its headers on the way."""
+    depth: int = open_source(folder, trust_remote_code=trust_remote_code).config.num_hidden_layers
+    return depth
+
+
+def _own(amount: int) -> int:
+    """What of an amount falls to this process."""
+    return amount // int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _request(
@@ -496,10 +528,12 @@ def _form(text: str | None) -> Form | None:
 def _device(text: str) -> str:
     if text == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise UsageError(f"--device takes auto, cpu, cuda, cuda:1 or mps, not {text!r}.")
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {text} is not available here: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {text} is not available here: {first_line(error)}.") from error
     return text
 
 

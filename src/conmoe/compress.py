@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from conmoe.apply import PLAN_FOLDER, Applied, apply
+from conmoe.apply import PLAN_FOLDER, Applied, applying, refuse_overlap
 from conmoe.artifacts import (
     MANIFEST,
     Manifest,
@@ -18,6 +18,7 @@ from conmoe.artifacts import (
     plan_record,
     read_manifest,
     read_plan,
+    spoil,
     write_atomic,
     write_json,
 )
@@ -25,10 +26,11 @@ from conmoe.calibrate import Calibration, calibrate, describe
 from conmoe.data import TokenData
 from conmoe.evaluate import Fidelity, evaluate
 from conmoe.forms import is_approximate
+from conmoe.parallel import refuse_several
 from conmoe.plan import Request, check_request, plan
 from conmoe.registry import Form
 from conmoe.stream import open_source, refuse_consolidated
-from conmoe.types import Plan
+from conmoe.types import ConmoeError, Plan
 from conmoe.verify import verify
 
 RESULTS = "results.json"
@@ -36,9 +38,10 @@ PLAN_KEY = "plan.key"
 
 
 class Progress(Protocol):
-    """What a long step reports to: ``stage(name, total, unit)`` gives a function that is told what was done."""
+    """What a long step reports to: ``stage(name, total, unit)`` gives a function that is told what was done, and the
+    total with it where that is 0 at first."""
 
-    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]: ...
+    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[..., None]]: ...
 
     def note(self, text: str) -> None: ...
 
@@ -103,6 +106,7 @@ def compress(
         verified: load the result and compare it with the plan.
         force: replace ``out`` if it exists.
     """
+    refuse_several("compress")
     trust = calibration.trust_remote_code
     request = replace(request, form=form, device=calibration.device, trust_remote_code=trust)
     check(model, out, request, force=force)
@@ -127,33 +131,38 @@ def compress(
             made = plan(model, statistics, work / "plan", request, force=True, advance=advance)
         write_atomic(work / PLAN_KEY, asked)
 
-    with progress.stage("apply", 0, "bytes") as advance:
-        applied = apply(
-            model,
-            made,
-            out,
-            form=form,
-            force=force,
-            trust_remote_code=trust,
-            advance=lambda done, total: advance(done),
-        )
-    if verified:
-        with progress.stage("verify", applied.bytes, "bytes") as advance:
-            verify(out, model, made, applied.form, trust_remote_code=trust, advance=advance)
-    fidelity = None
-    if held_out is not None:
-        with progress.stage("evaluate", 2 * held_out.tokens * depth, "tokens x layers") as advance:
-            fidelity = evaluate(
-                out,
-                held_out,
-                against=model,
-                device=calibration.device,
-                trust_remote_code=trust,
-                advance=advance,
+    with ExitStack() as until_named:  # a result has its name only when it is verified and measured
+        with progress.stage("apply", 0, "bytes") as advance:
+            applied = until_named.enter_context(
+                applying(model, made, out, form=form, force=force, trust_remote_code=trust, advance=advance)
             )
-    result = Result(applied, made, manifest, fidelity, is_approximate(made, applied.form))
-    write_json(out / PLAN_FOLDER / RESULTS, result.as_json())
+        if verified:
+            with progress.stage("verify", applied.bytes, "bytes") as advance, _spoiled_by_error(applied.folder):
+                verify(applied.folder, model, made, applied.form, trust_remote_code=trust, advance=advance)
+        fidelity = None
+        if held_out is not None:
+            with progress.stage("evaluate", 2 * held_out.tokens * depth, "tokens x layers") as advance:
+                fidelity = evaluate(
+                    applied.folder,
+                    held_out,
+                    against=model,
+                    device=calibration.device,
+                    dtype=calibration.dtype,
+                    trust_remote_code=trust,
+                    advance=advance,
+                )
+        result = Result(replace(applied, folder=out), made, manifest, fidelity, is_approximate(made, applied.form))
+        write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
     return result
+
+
+@contextmanager
+def _spoiled_by_error(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except ConmoeError:
+        spoil(partial)
+        raise
 
 
 def _read_text(file: Path) -> str | None:
@@ -165,6 +174,7 @@ def check(model: Path, out: Path, request: Request, *, force: bool = False) -> N
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     refuse_consolidated(source)
     check_request(source.layers, request)
+    refuse_overlap(out, model)
     check_free(out, force=force)
 
 

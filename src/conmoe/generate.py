@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from conmoe import runtime
 from conmoe.data import load_tokenizer
-from conmoe.stream import load_config
+from conmoe.stream import open_source
+from conmoe.types import UsageError
 
 
 def generate(
@@ -25,8 +26,10 @@ def generate(
 ) -> str:
     """The continuation of ``prompt``, greedy unless a temperature is given; the whole model is loaded."""
     runtime.register()
-    load_config(model, trust_remote_code=trust_remote_code)
+    open_source(model, trust_remote_code=trust_remote_code)  # Transformers would invent what is missing
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if not tokenizer(prompt)["input_ids"]:
+        raise UsageError("The prompt is empty; give a text to continue.")
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
     loaded = loaded.to(device).eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(device)

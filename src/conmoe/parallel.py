@@ -13,6 +13,12 @@ from torch import Tensor
 from conmoe.types import TokenSample, UsageError
 
 
+def refuse_several(verb: str) -> None:
+    """Raise if ``torchrun`` started several processes for something that is written by one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"conmoe {verb} runs in one process; only calibrate and evaluate run under torchrun.")
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among its peers."""

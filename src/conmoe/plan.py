@@ -134,6 +134,10 @@ def check_request(
     if request.scope < 1:
         raise UsageError(f"--scope takes a number of neighbouring layers, not {request.scope}.")
     form = request.form or method.form
+    if method.form == "sliced" != form and experts_kept(keep, first.logical) < first.logical:
+        raise UsageError(
+            f"{method.name!r} drops experts, and only the sliced form takes them out of the router; use --form sliced."
+        )
     if request.scope > 1 and form == "sliced":
         raise UsageError("Layers that share a pool of prototypes have no sliced form; use --form shared.")
     if form == "sliced":
@@ -146,7 +150,13 @@ def check_request(
         if first.groups > 1:
             check_groups(first, count)
     scopes = [list(layers[start : start + request.scope]) for start in range(0, len(layers), request.scope)]
-    return method, options, uniform(keep, first.logical, [len(scope) for scope in scopes]), scopes
+    budgets = uniform(keep, first.logical, [len(scope) for scope in scopes])
+    named = _named(layers, request.protect)
+    for scope, budget in zip(scopes, budgets, strict=True):
+        held = len(_positions(scope, named))
+        if held > budget:
+            raise UsageError(f"{held} experts are protected where {budget} may stay; keep more, or protect fewer.")
+    return method, options, budgets, scopes
 
 
 def plan_layer(
@@ -209,19 +219,25 @@ def _load(source: Source, folder: Path, layer: MoeLayer, device: str) -> tuple[L
 
 def _protected(layers: Sequence[MoeLayer], folder: Path, protect: Sequence[str]) -> Protected:
     """Decoder layer -> experts that must stay, from ``super``, ``none`` and ``LAYER:EXPERT``."""
+    chosen = {index: set(experts) for index, experts in _named(layers, protect).items()}
+    if "super" in protect:
+        peaks = torch.stack([read_layer(folder, layer.index).sums["peak"] for layer in layers])
+        for position, expert in super_experts(peaks).nonzero().tolist():
+            chosen.setdefault(layers[position].index, set()).add(expert)
+    return {index: tuple(sorted(chosen[index])) for index in sorted(chosen)}
+
+
+def _named(layers: Sequence[MoeLayer], protect: Sequence[str]) -> Protected:
+    """Decoder layer -> experts that are protected by name, which can be told before any statistics."""
     chosen: dict[int, set[int]] = {}
     known = {layer.index: layer.logical for layer in layers}
     for text in protect:
-        if text == "super":
-            peaks = torch.stack([read_layer(folder, layer.index).sums["peak"] for layer in layers])
-            for position, expert in super_experts(peaks).nonzero().tolist():
-                chosen.setdefault(layers[position].index, set()).add(expert)
-        elif text != "none":
+        if text not in ("super", "none"):
             index, _, expert = text.partition(":")
-            if not (index.isdigit() and expert.isdigit() and int(expert) < known.get(int(index), 0)):
+            if not (index.isdecimal() and expert.isdecimal() and int(expert) < known.get(int(index), 0)):
                 raise UsageError(f"--protect takes 'super', 'none' or LAYER:EXPERT of this model, not {text!r}.")
             chosen.setdefault(int(index), set()).add(int(expert))
-    return {index: tuple(sorted(chosen[index])) for index in sorted(chosen)}
+    return {index: tuple(sorted(experts)) for index, experts in chosen.items()}
 
 
 def _positions(layers: Sequence[MoeLayer], protected: Protected) -> list[int]:
@@ -230,6 +246,10 @@ def _positions(layers: Sequence[MoeLayer], protected: Protected) -> list[int]:
         for position, layer in enumerate(layers)
         for expert in protected.get(layer.index, ())
     ]
+
+
+def _drops(scopes: Sequence[ScopePlan]) -> bool:
+    return any(bool((scope.plan.assignment_E < 0).any()) for scope in scopes)
 
 
 def _assemble(
@@ -245,7 +265,7 @@ def _assemble(
         method=method.name,
         options={**options, "scope": request.scope} if request.scope > 1 else options,
         keep=request.keep,
-        default_form=request.form or method.form,
+        default_form=request.form or ("sliced" if _drops(scopes) else method.form),
         protected=protected,
         source=manifest.model,
         statistics=manifest.fingerprint,
