@@ -6,6 +6,9 @@ Auto classes to load consolidated checkpoints.
 
 __version__ = "0.1.0"
 
+# First of all: a package that is imported later takes the place of a function of its name.
+from conmoe import methods as _methods  # noqa: F401
+from conmoe import statistics as _statistics  # noqa: F401
 from conmoe.apply import Applied, apply
 from conmoe.artifacts import read_manifest, read_plan, write_json
 from conmoe.calibrate import Calibration, calibrate, merge_statistics

@@ -64,7 +64,7 @@ def moe_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
     found = []
     for index, layer in enumerate(layers):
         for name, module in layer.named_modules():
-            if hasattr(module, "_is_expert_parallel"):
+            if hasattr(module, "is_concatenated"):
                 found.append(_moe_layer(model, index, f"{path}.{index}", f"{path}.{index}.{name}", module))
     if not found:
         kind = model.config.model_type
@@ -128,12 +128,17 @@ def _moe_layer(model: PreTrainedModel, index: int, decoder: str, experts: str, m
     router = next((name for name in ("gate", "router") if isinstance(getattr(block, name, None), nn.Module)), None)
     if router is None:
         raise UsageError(f"Model type {kind!r} keeps no router beside its experts ({block_path}); not supported.")
-    if not module.has_gate or module.has_post_expert_norm:
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
         raise UsageError(f"The experts of model type {kind!r} are not gated MLPs of the common form; not supported.")
     gate = getattr(block, router)
     logical = int(
         getattr(model.config, "num_logical_experts", None) or getattr(model.config, count_field(model.config))
     )
+    scores = gate.state_dict()
+    if not any(value.ndim == 2 and value.shape[0] == logical for value in scores.values()):
+        raise UsageError(f"The router of model type {kind!r} does not have one row for each expert; not supported.")
+    if any(not value.is_floating_point() for name, value in scores.items() if name != "expert_map"):
+        raise UsageError(f"The router of model type {kind!r} chooses experts by a table; not supported.")
     top_k = getattr(gate, "top_k", None) or getattr(block, "top_k", None)
     if not isinstance(top_k, int):
         raise UsageError(

@@ -326,7 +326,7 @@ def _meta_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **options
             )
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"Model type {config.model_type!r} is not supported: {reason}") from error
     owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}

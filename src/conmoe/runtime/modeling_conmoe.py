@@ -112,7 +112,7 @@ class ConsolidatedModel(PreTrainedModel):
 def routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Name and module of each layer's routed experts, and their router."""
     for name, experts in model.named_modules():
-        if not hasattr(experts, "_is_expert_parallel"):
+        if not hasattr(experts, "is_concatenated"):
             continue
         block = model.get_submodule(name.rpartition(".")[0])
         router = getattr(block, "gate", None) or getattr(block, "router", None)
