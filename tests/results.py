@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conmoe import __version__
-from conmoe.apply import checkpoint_fingerprint
+from conmoe.artifacts import checkpoint_fingerprint
 from conmoe.stream import open_source
 from conmoe.types import LayerPlan, Plan, ScopePlan
 from tests.conftest import token_data
@@ -92,9 +92,11 @@ def without_maps(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load(folder: Path, **options: Any) -> PreTrainedModel:
     """The model as Transformers loads it, every tensor of the checkpoint used and none missing."""
     options = {"experts_implementation": "batched_mm", "dtype": "auto", **options}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, info = loaded
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_stock(folder: Path, **options: Any) -> PreTrainedModel:
@@ -109,7 +111,7 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
     return model(token_data(4, seed=9).ids_NS if ids is None else ids).logits
 
 
-def blocks(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, nn.Module, nn.Module]]:
+def blocks(model: PreTrainedModel) -> Iterator[tuple[int, nn.Module, Any, Any]]:
     """Layer, block, router and experts of every MoE layer, found by their names."""
     for index, layer in enumerate(model.get_decoder().layers):
         for block in layer.modules():
@@ -148,7 +150,7 @@ def silenced(model: PreTrainedModel, dropped: Mapping[int, Sequence[int]]) -> It
             if name.endswith("e_score_correction_bias"):
                 biases.append((value, value.detach().clone()))
                 value.data[..., rows] = float("-inf")
-        router.forward = quiet(router.forward, rows)  # type: ignore[method-assign]
+        router.forward = quiet(router.forward, rows)
         routers.append(router)
     try:
         yield

@@ -660,24 +660,20 @@ def test_another_plan_does_not_resume_what_one_plan_began(checkpoint, tmp_path, 
 
 def test_an_existing_result_is_replaced_by_force_only(checkpoint, tmp_path):
     folder, out = checkpoint("olmoe"), tmp_path / "out"
-    out.mkdir()
+    plan = halved([0, 1], folder)
+    conmoe.apply(folder, plan, out)
     (out / "precious").write_text("mine")
-    refused_plan = halved([0, 1], folder)
-    with pytest.raises(conmoe.UsageError, match="was not written by conmoe"):
-        conmoe.apply(folder, refused_plan, out, force=True)
-    (out / "plan.json").write_text("{}")
     with pytest.raises(conmoe.UsageError, match="exists; choose another name"):
-        conmoe.apply(folder, refused_plan, out)
-    assert {file.name for file in tmp_path.rglob("*")} == {"out", "precious", "plan.json"}
+        conmoe.apply(folder, plan, out)
     with pytest.raises(Stop):
-        conmoe.apply(folder, refused_plan, out, force=True, advance=stopping(10))
+        conmoe.apply(folder, plan, out, force=True, advance=stopping(10))
     assert (out / "precious").exists()
-    conmoe.apply(folder, refused_plan, out, force=True)
+    conmoe.apply(folder, plan, out, force=True)
     assert not (out / "precious").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(conmoe.UsageError, match="is a file"):
-        conmoe.apply(folder, refused_plan, tmp_path / "file", force=True)
+    with pytest.raises(conmoe.UsageError, match="writes a folder there"):
+        conmoe.apply(folder, plan, tmp_path / "file", force=True)
 
 
 # Verification -------------------------------------------------------------------------------------------------------
