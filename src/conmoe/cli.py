@@ -52,15 +52,16 @@ Data = Annotated[
         "if wanted: wiki.txt@0.3. Repeatable. Without it a small built-in text is used.",
     ),
 ]
-Tokens = Annotated[int, typer.Option(min=1, help="How many tokens of text to use.")]
+Tokens = Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens of text to use.")]
 SeqLen = Annotated[
-    int | None, typer.Option(min=2, help="Length of a sequence; by default 512, or what the model allows.")
+    int | None, typer.Option(metavar="N", min=2, help="Length of a sequence; by default 512, or what the model allows.")
 ]
 Seed = Annotated[int, typer.Option(help="Chooses the documents and the token sample.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16, float16 or float32.")]
 Sample = Annotated[
-    int, typer.Option(min=1, help="Tokens of each layer's sample, which functional distances are measured on.")
+    int,
+    typer.Option(metavar="N", min=1, help="Tokens of each layer's sample, which functional distances are measured on."),
 ]
 Keep = Annotated[
     str, typer.Option(help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep.")
@@ -71,9 +72,13 @@ Options = Annotated[
 ]
 Protect = Annotated[
     list[str] | None,
-    typer.Option(help="Experts that must stay: super (the default), none, or LAYER:EXPERT. Repeatable."),
+    typer.Option(
+        metavar="EXPERTS", help="Experts that must stay: super (the default), none, or LAYER:EXPERT. Repeatable."
+    ),
 ]
-Scope = Annotated[int, typer.Option(min=1, help="Neighbouring layers that share one pool of prototypes: 1, 2, 4 ...")]
+Scope = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Neighbouring layers that share one pool of prototypes: 1, 2, 4 ...")
+]
 FormName = Annotated[
     str | None, typer.Option("--form", help="shared, sliced or expanded; by default what suits the method.")
 ]
@@ -126,7 +131,10 @@ def inspect(model: Model, json: Json = False, trust_remote_code: Remote = False)
 
 @app.command("methods")
 def list_methods(json: Json = False) -> None:
-    """Every method with its paper, its needs, its options and its default form."""
+    """Every method with its paper, its needs, its options and its default form.
+
+    Example: `conmoe methods --json`
+    """
     if json:
         console.emit({name: _method_json(name) for name in methods()})
         return
@@ -263,13 +271,15 @@ def compress(
         typer.Option("--eval-data", metavar="SPEC", help="Held-out text to measure on; by default built-in text."),
     ] = None,
     evaluate_tokens: Annotated[
-        int, typer.Option("--eval-tokens", min=0, help="Tokens to measure on; 0 measures nothing.")
+        int, typer.Option("--eval-tokens", metavar="N", min=0, help="Tokens to measure on; 0 measures nothing.")
     ] = 8192,
     work: Annotated[
         Path | None,
         typer.Option(help="Keep statistics and plan here for other runs; by default OUT.work, removed at the end."),
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Load the result and compare it with the plan.")] = True,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not load the result and compare it with the plan.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
@@ -301,7 +311,7 @@ def compress(
         calibration=calibration,
         form=request.form,
         held_out=held_out,
-        verified=verify,
+        verified=not no_verify,
         force=force,
     )
     if work is None:
@@ -396,7 +406,10 @@ def demo(
     out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The folder to write.")] = Path("demo-output"),
     force: Force = False,
 ) -> None:
-    """Compress a small trained model that ships with conmoe, three ways, offline, and compare."""
+    """Compress a small trained model that ships with conmoe, three ways, offline, and compare.
+
+    Example: `conmoe demo demo-output`
+    """
     made = conmoe.demo(out, console.Bars(), force=force)
     rows = sorted(made.rows, key=lambda row: row[2].kl.value if row[2].kl else 0.0)
     console.stdout.print(console.fidelity_table("Half of the experts, on held-out text (best first)", rows))
