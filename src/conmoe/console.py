@@ -91,21 +91,15 @@ def facts(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def measured(number: Measured | None, *, percent: bool = False) -> str:
-    """A value and its standard error, to the second digit of the error."""
+    """A value and its standard error, to the second digit of the error where four decimals (of a share) show it."""
     if number is None:
         return "-"
-    if percent:
-        number = Measured(100 * number.value, 100 * number.stderr)
-    digits, unit = _digits(number), "%" if percent else ""
-    error = "" if math.isnan(number.stderr) else f" ± {number.stderr:.{digits}f}"
-    return f"{number.value:.{digits}f}{error}{unit}"
-
-
-def _digits(number: Measured) -> int:
-    """Decimals that show two digits of the error, at least one and at most four."""
-    if not 0 < number.stderr < math.inf:
-        return 4
-    return min(max(1 - math.floor(math.log10(number.stderr)), 1), 4)
+    scale, digits, unit = (100, 2, "%") if percent else (1, 4, "")
+    value, error = scale * number.value, scale * number.stderr
+    if 0 < error < math.inf:
+        digits = min(max(1 - math.floor(math.log10(error)), 1), digits)
+    shown = "" if math.isnan(error) else f" ± {error:.{digits}f}"
+    return f"{value:.{digits}f}{shown}{unit}"
 
 
 def size(nbytes: float) -> str:
