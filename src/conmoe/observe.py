@@ -20,6 +20,7 @@ from conmoe.registry import Statistic
 from conmoe.types import Routed, Routing, TokenSample
 
 IMPLEMENTATION = "conmoe_observed"
+_ROWS = 64
 
 
 @dataclass
@@ -120,11 +121,15 @@ def observed_experts(self: Any, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: 
 
 
 def _expert(self: Any, expert: int, x_nD: Tensor) -> Tensor:
+    n = len(x_nD)
+    if x_nD.device.type == "cpu":
+        # oneDNN compiles, and keeps, a kernel for every number of rows it meets; so let it meet few.
+        x_nD = nn.functional.pad(x_nD, (0, 0, 0, -n % _ROWS))
     weights = self.gate_up_proj[expert], self.down_proj[expert]
     first, second = (weight.T for weight in weights) if self.is_transposed else weights
     biases = (self.gate_up_proj_bias[expert], self.down_proj_bias[expert]) if self.has_bias else (None, None)
     hidden_nI = self._apply_gate(nn.functional.linear(x_nD, first, biases[0]))
-    return nn.functional.linear(hidden_nI, second, biases[1])
+    return nn.functional.linear(hidden_nI, second, biases[1])[:n]
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from conmoe.data import TokenData
+from conmoe.observe import IMPLEMENTATION
 from conmoe.parallel import Ranks
 from conmoe.stream import LOGIT_TOKENS, Source, Stream, open_source, open_stream
 from conmoe.types import UsageError
@@ -82,7 +83,7 @@ def evaluate(
     """
     ranks = Ranks.join()
     sources = [
-        open_source(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        open_source(folder, dtype=dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code)
         for folder in (model, against)
         if folder is not None
     ]
