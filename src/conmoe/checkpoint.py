@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from conmoe.shards import Entry, read_into, read_tensor
-from conmoe.types import ConmoeError, UsageError
+from conmoe.types import ConmoeError
 
 #: How configurations count the layers that predict further tokens (MTP), whose tensors no decoder of ours reads.
 MTP_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -68,8 +68,7 @@ def read_layout(model: PreTrainedModel, entries: Mapping[str, Entry]) -> Layout:
     """Match every tensor of a checkpoint with a parameter of ``model`` (which may be on the meta device).
 
     Raises:
-        UsageError: the tensors of a parameter are more, fewer or of another shape than the configuration says.
-        ConmoeError: a parameter has no tensor, or a tensor belongs to nothing.
+        ConmoeError: a parameter has no tensor, a tensor belongs to nothing, or has another shape than configured.
     """
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -178,16 +177,17 @@ def _check_pieces(target: str, pieces: list[Piece], converter: WeightConverter |
         parts = len(converter.source_patterns)
         found = sorted((str(piece.pattern), piece.expert) for piece in pieces)
         if found != sorted((pattern, expert) for pattern in converter.source_patterns for expert in range(shape[0])):
-            raise UsageError(
+            last = pieces[-1].entry
+            raise ConmoeError(
                 f"{target} is stored as {len(pieces)} tensors, but the configuration asks for {parts} for each of "
-                f"{shape[0]} experts: {pieces[-1].entry.name} is the last of them."
+                f"{shape[0]} experts; the last one is {last.name} in {last.file}."
             )
         wanted = (shape[1] // parts, *shape[2:])
     else:
         return
     for entry in (piece.entry for piece in pieces):
         if entry.shape != wanted:
-            raise UsageError(
+            raise ConmoeError(
                 f"Tensor {entry.name} in {entry.file} has shape {list(entry.shape)}, but the configuration of the "
                 f"model asks for {list(wanted)}."
             )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conmoe.types import ConmoeError
+from conmoe.types import ConmoeError, UsageError
 
 DTYPES = {
     "F64": torch.float64,
@@ -68,7 +68,8 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     """All tensors of the checkpoint in ``folder``, from its headers alone.
 
     Raises:
-        ConmoeError: no safetensors file; an index that names a missing file, a file outside the folder or a tensor
+        UsageError: no safetensors file.
+        ConmoeError: an index that names a missing file, a file outside the folder or a tensor
             that is not there; a header that is cut off, malformed or disagrees with the size of its file.
     """
     files = _shard_files(folder)
@@ -170,7 +171,7 @@ def _shard_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.exists():
         if not (folder / SINGLE).is_file():
-            raise ConmoeError(f"{folder} holds no {SINGLE} and no {INDEX}; conmoe reads safetensors checkpoints only.")
+            raise UsageError(f"{folder} holds no {SINGLE} and no {INDEX}; conmoe reads safetensors checkpoints only.")
         return [folder / SINGLE]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
