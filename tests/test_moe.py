@@ -17,6 +17,7 @@ import conmoe
 from conmoe.moe import canonical, count_field, family_layout, logical_rows, moe_layers
 from conmoe.ops.experts import expert_output, select, tensors
 from conmoe.stream import open_source
+from tests.conftest import token_data
 from tests.families import EXPERTS, TINY, TOP_K, save_tiny, tiny_model
 
 families = pytest.mark.parametrize("family", TINY)
@@ -176,6 +177,15 @@ def test_a_folder_of_something_else_is_refused_in_one_sentence(config, sentence,
     with pytest.raises(conmoe.UsageError, match=sentence) as caught:
         open_source(folder_with(config, tmp_path / "model"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_language_model_beside_others_is_refused_before_it_is_calibrated(tmp_path):
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5MoeConfig(text_config=TINY["qwen3_5_moe_text"]().to_dict(), vision_config=vision)
+    transformers.Qwen3_5MoeForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(conmoe.UsageError, match="holds a language model beside others"):
+        conmoe.calibrate(tmp_path / "model", tmp_path / "statistics", token_data(2))
+    assert not (tmp_path / "statistics").exists()
 
 
 def test_a_folder_without_a_config_is_no_model(tmp_path):

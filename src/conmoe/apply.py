@@ -39,7 +39,7 @@ from conmoe.shards import (
     torch_dtype,
     write_shards,
 )
-from conmoe.stream import Source, open_source, read_experts, refuse_consolidated
+from conmoe.stream import Source, check_compressible, open_source, read_experts
 from conmoe.types import ConmoeError, Plan, ScopePlan, UsageError
 
 PLAN_FOLDER = "conmoe"
@@ -128,7 +128,7 @@ def refuse_overlap(out: Path, model: Path) -> None:
 
 def check_plan(source: Source, plan: Plan) -> None:
     """Raise unless ``plan`` was made for this very checkpoint and covers its MoE layers."""
-    refuse_consolidated(source)
+    check_compressible(source)
     name = checkpoint_fingerprint(source.folder, source.files)
     if plan.source != name:
         raise UsageError(f"The plan was made for another checkpoint than {source.folder}; plan again for this one.")

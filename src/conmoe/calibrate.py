@@ -36,7 +36,7 @@ from conmoe.moe import MoeLayer
 from conmoe.observe import IMPLEMENTATION, Observer, observed
 from conmoe.parallel import Ranks
 from conmoe.registry import statistics as registered_statistics
-from conmoe.stream import Source, open_source, open_stream, refuse_consolidated
+from conmoe.stream import Source, check_compressible, open_source, open_stream
 from conmoe.types import LayerStatistics, TokenSample, UsageError
 
 Advance = Callable[[int], None]
@@ -83,7 +83,7 @@ def calibrate(
         experts_implementation=IMPLEMENTATION,
         trust_remote_code=options.trust_remote_code,
     )
-    refuse_consolidated(source)
+    check_compressible(source)
     manifest = describe(source, data, options)
     run = fingerprint({**manifest.model_dump(), "ranks": ranks.size, "batch": options.batch, "device": options.device})
     check_free(out, force=force)

@@ -29,7 +29,7 @@ from conmoe.forms import is_approximate
 from conmoe.parallel import refuse_several
 from conmoe.plan import Request, check_request, plan
 from conmoe.registry import Form
-from conmoe.stream import open_source, refuse_consolidated
+from conmoe.stream import check_compressible, open_source
 from conmoe.types import ConmoeError, Plan
 from conmoe.verify import verify
 
@@ -172,7 +172,7 @@ def _read_text(file: Path) -> str | None:
 def check(model: Path, out: Path, request: Request, *, force: bool = False) -> None:
     """Everything that can be refused before text is read: the model, the request, the output."""
     source = open_source(model, trust_remote_code=request.trust_remote_code)
-    refuse_consolidated(source)
+    check_compressible(source)
     check_request(source.layers, request)
     refuse_overlap(out, model)
     check_free(out, force=force)

@@ -36,7 +36,7 @@ from conmoe.ops.outliers import super_experts
 from conmoe.ops.plans import embed, identity
 from conmoe.ops.subsets import join_layers, restrict
 from conmoe.registry import Form, Method, bind_options, get_method
-from conmoe.stream import Source, open_source, read_experts, refuse_consolidated
+from conmoe.stream import Source, check_compressible, open_source, read_experts
 from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError
 
 DEFAULT_METHOD = "conmoe"
@@ -80,7 +80,7 @@ def plan(
         UsageError: the statistics belong to another model, or the request cannot be met.
     """
     source = open_source(model, trust_remote_code=request.trust_remote_code)
-    refuse_consolidated(source)
+    check_compressible(source)
     manifest = read_manifest(statistics)
     name = checkpoint_fingerprint(source.folder, source.files)
     if manifest.model != name:
@@ -101,7 +101,7 @@ def plan(
 
     key = fingerprint([manifest.fingerprint, asdict(request)])
     with nullcontext(None) if out is None else building(out, force=force, key=key) as folder:
-        done = []
+        done: list[ScopePlan] = []
         for layers, keep in zip(scopes, budgets, strict=True):
             part = folder and folder / f"layer-{layers[0].index:05}"
             if part and (part / PLAN_JSON).is_file():

@@ -106,10 +106,15 @@ def open_source(
     return Source(folder, config, model, entries, read_layout(model, entries), layers)
 
 
-def refuse_consolidated(source: Source) -> None:
-    """Raise if the experts of ``source`` already are the prototypes of an earlier plan."""
+def check_compressible(source: Source) -> None:
+    """Raise if ``source`` runs but nothing smaller can be made of it."""
     if getattr(source.config, "num_logical_experts", None) is not None:
         raise UsageError(f"{source.folder} is consolidated already; compress the checkpoint it was made from.")
+    if source.config.get_text_config() is not source.config:
+        raise UsageError(
+            f"{source.folder} holds a language model beside others (type {source.config.model_type!r}); conmoe "
+            "compresses language models alone."
+        )
 
 
 def read_experts(source: Source, layer: MoeLayer) -> Experts:
