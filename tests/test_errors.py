@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import conmoe
 from tests.commands import runner, tree, write_text
@@ -204,21 +204,16 @@ def test_several_processes_are_for_calibration_and_evaluation(run, place, checkp
 # Models that are none of ours: exit code 2 ---------------------------------------------------------------------------
 
 
-def llama(folder):
-    LlamaForCausalLM(
-        LlamaConfig(vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    ).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+def of_type(kind, **config):
+    """A model of another kind; the names for its sizes are those that most families use."""
+    small = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "eos_token_id": 255}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "pad_token_id": 254}
 
+    def make(folder):
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **config)).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
 
-def bert(folder):
-    BertLMHeadModel(
-        BertConfig(
-            vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            is_decoder=True,
-        )
-    ).save_pretrained(folder)  # fmt: skip
-    tiny_tokenizer().save_pretrained(folder)
+    return make
 
 
 def configured(**changes):
@@ -258,8 +253,10 @@ def foreign_tokenizer(folder):
 
 
 MODELS = {
-    "dense": (llama, ["dense model", "'llama'", "no experts"]),
-    "dense and of another kind": (bert, []),
+    "dense": (of_type("llama"), ["dense model", "'llama'", "no experts"]),
+    "dense and of another kind": (of_type("gpt2"), ["dense model", "'gpt2'"]),
+    "experts of another kind": (of_type("jetmoe", num_local_experts=4, kv_channels=8), ["'jetmoe'", "not support"]),
+    "layers of another kind": (of_type("llama4_text", num_local_experts=4, head_dim=8), ["no list of decoder layers"]),
     "unknown type": (configured(model_type="olmoe9"), ["olmoe9"]),
     "quantised": (configured(quantization_config={"quant_method": "fp8"}), ["quantised", "full-precision"]),
     "no JSON": (config_text("{"), ["config"]),

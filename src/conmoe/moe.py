@@ -60,6 +60,9 @@ def moe_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
     Raises:
         UsageError: the model is dense, or its MoE layers depart from the common rule.
     """
+    kind = model.config.model_type
+    if not any("expert" in name.lower() for name, _ in model.named_modules()):
+        raise UsageError(f"This is a dense model (type {kind!r}): it has no experts to consolidate.")
     path, layers = decoder_layers(model)
     found = []
     for index, layer in enumerate(layers):
@@ -67,12 +70,9 @@ def moe_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
             if hasattr(module, "is_concatenated"):
                 found.append(_moe_layer(model, index, f"{path}.{index}", f"{path}.{index}.{name}", module))
     if not found:
-        kind = model.config.model_type
-        if any("expert" in name.lower() for name, _ in model.named_modules()):
-            raise UsageError(f"The experts of model type {kind!r} are built in a way that conmoe does not support yet.")
-        raise UsageError(f"This is a dense model (type {kind!r}): it has no experts to consolidate.")
+        raise UsageError(f"The experts of model type {kind!r} are built in a way that conmoe does not support yet.")
     if len({layer.index for layer in found}) != len(found):
-        raise UsageError(f"Model type {model.config.model_type!r} has two sets of experts in one layer; not supported.")
+        raise UsageError(f"Model type {kind!r} has two sets of experts in one layer; not supported.")
     return tuple(found)
 
 
