@@ -11,12 +11,10 @@ import torch
 import conmoe
 from conmoe.cli import app
 from tests.commands import runner, write_text
-from tests.families import EXPERTS, TINY, TOP_K, tiny_model
+from tests.families import EXPERTS
 
 LENGTH = ("--seq-len", "32")
 NUMBERS = ("loss", "source_loss", "excess_loss", "perplexity", "kl", "top1_agreement")
-SHARED = {"qwen2_moe": 1, "qwen3_next": 1, "qwen3_5_moe_text": 1, "deepseek_v2": 1, "deepseek_v3": 1}
-SHARED |= {"glm4_moe": 1, "ernie4_5_moe": 2, "deepseek": 2}
 
 
 @pytest.fixture
@@ -64,59 +62,6 @@ def test_no_verb_shows_the_help_and_a_version_is_one_line(run):
     assert "Usage" in run().out
     assert run("--help").code == 0
     assert run("--version").out.strip() == conmoe.__version__
-
-
-# inspect -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", TINY)
-def test_inspect_counts_what_the_model_in_memory_has(family, run, checkpoint):
-    found = run("inspect", checkpoint(family), "--json")
-    assert found.code == 0
-    assert found.err == ""
-    model = tiny_model(family)
-    state = model.state_dict()
-    routed = [value for name, value in state.items() if ".experts." in name and "shared" not in name]
-    counts = {name.rpartition(".experts.")[0] for name in state if ".experts." in name}
-    expected = {
-        "family": model.config.model_type,
-        "layers": model.config.num_hidden_layers,
-        "moe_layers": len(counts),
-        "experts": EXPERTS,
-        "stored_experts": EXPERTS,
-        "experts_per_token": TOP_K,
-        "shared_experts": SHARED.get(family, 0),
-        "parameters": sum(value.numel() for value in state.values()),
-        "routed_expert_bytes": sum(value.nbytes for value in routed),
-        "total_bytes": sum(value.nbytes for value in state.values()),
-    }
-    assert {name: found.json[name] for name in expected} == expected
-    half = next(saving for saving in found.json["savings"] if saving["keep"] == 0.5)
-    assert half["experts"] == EXPERTS // 2
-    assert half["saved_bytes"] == expected["routed_expert_bytes"] // 2
-
-
-def test_inspect_reads_headers_only(run, checkpoint, tmp_path):
-    shutil.copytree(checkpoint("olmoe"), tmp_path / "hollow")
-    file = tmp_path / "hollow" / "model.safetensors"
-    size, header = file.stat().st_size, int.from_bytes(file.read_bytes()[:8], "little")
-    with file.open("r+b") as stream:
-        stream.truncate(8 + header)
-        stream.truncate(size)  # a hole instead of the data
-    facts = [run("inspect", folder, "--json").json for folder in (checkpoint("olmoe"), tmp_path / "hollow")]
-    for each in facts:
-        del each["estimated_seconds"]  # measured
-    assert facts[0] == facts[1]
-
-
-def test_inspect_shows_a_table_of_a_result_too(run, checkpoint, calibrated, tmp_path):
-    model = checkpoint("deepseek_v3")
-    assert "DeepseekV3" in run("inspect", model).out
-    made = conmoe.plan(model, calibrated("deepseek_v3"), None, conmoe.Request(keep="3"))
-    conmoe.apply(model, made, tmp_path / "out")
-    found = run("inspect", tmp_path / "out", "--json").json
-    assert (found["experts"], found["stored_experts"]) == (EXPERTS, 3)
-    assert run("inspect", tmp_path / "out").code == 0
 
 
 # methods and plan ----------------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ def verify(
                 else:
                     _same(new.entry, old.entry)
                 advance(new.entry.nbytes)
+        else:  # maps and gains, which come next
+            advance(sum(piece.entry.nbytes for piece in pieces))
     if form == "shared":
         for index, layer in layers.items():
             _check_maps(source, made, layer, scopes.get(index))
