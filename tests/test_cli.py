@@ -183,3 +183,9 @@ def test_the_seed_of_a_sampled_text_is_an_argument(run, checkpoint):
     texts = [run(*asked, seed).out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_brackets_in_a_name_are_no_markup(run, checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint("olmoe"), tmp_path / "[bold]a[/]")
+    assert "[bold]a[/]" in run("inspect", model).out.replace("\n", "")
+    assert "[/bold]none" in run("inspect", tmp_path / "[/bold]none").err

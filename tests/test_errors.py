@@ -206,7 +206,13 @@ def test_several_processes_are_for_calibration_and_evaluation(run, place, checkp
 
 def of_type(kind, **config):
     """A model of another kind; the names for its sizes are those that most families use."""
-    small = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "eos_token_id": 255}
+    small: dict[str, int | None] = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "eos_token_id": 255,
+    }
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "pad_token_id": 254}
 
     def make(folder):

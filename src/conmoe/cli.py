@@ -139,13 +139,12 @@ def list_methods(json: Json = False) -> None:
         console.emit({name: _method_json(name) for name in methods()})
         return
     for name, item in methods().items():
-        console.stdout.print(
-            f"[bold]{name}[/]  ({item.paper}; {item.form} form; needs {', '.join(item.needs) or 'nothing'})"
-        )
+        console.stdout.print(name, style="bold")
+        console.stdout.print(f"  {item.paper}; {item.form} form; needs {', '.join(item.needs) or 'nothing'}")
         console.stdout.print(f"  {item.help.splitlines()[0]}")
         for option in item.options.values():
             choices = f" one of {', '.join(map(str, option.choices))};" if option.choices else ""
-            console.stdout.print(f"  --option {option.name}={option.default}:{choices} {option.help}", markup=False)
+            console.stdout.print(f"  --option {option.name}={option.default}:{choices} {option.help}")
 
 
 @app.command()
@@ -398,7 +397,7 @@ def generate(
         device=_device(device),
         trust_remote_code=trust_remote_code,
     )
-    console.stdout.print(prompt + text, markup=False)
+    console.stdout.print(prompt + text, soft_wrap=True)
 
 
 @app.command()
@@ -416,11 +415,14 @@ def demo(
     source = made.rows[0][2]
     console.stdout.print(f"The source has {console.size(source.source_bytes or 0)}.\n")
     for title, text in (("Source", made.before), (f"After {DEFAULT_METHOD}", made.after)):
-        console.stdout.print(f"[bold]{title}[/]")
-        console.stdout.print(conmoe.DEMO_PROMPT + text + "\n", markup=False)
-    console.stdout.print(f"Checkpoints, statistics and results.json are in {out}. Next, on a real model:")
-    console.stdout.print("  conmoe inspect allenai/OLMoE-1B-7B-0125")
-    console.stdout.print("  conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data YOUR-TEXT.jsonl")
+        console.stdout.print(title, style="bold")
+        console.stdout.print(conmoe.DEMO_PROMPT + text + "\n", soft_wrap=True)
+    for line in (
+        f"Checkpoints, statistics and results.json are in {out}. Next, on a real model:",
+        "  conmoe inspect allenai/OLMoE-1B-7B-0125",
+        "  conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data YOUR-TEXT.jsonl",
+    ):
+        console.stdout.print(line, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -456,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(sentence: str, code: int) -> int:
-    console.stderr.print(f"Error: {sentence}", style="red", markup=False, soft_wrap=True)
+    console.stderr.print(f"Error: {sentence}", style="red", soft_wrap=True)
     return code
 
 
@@ -603,4 +605,4 @@ def _ranges(counts: Sequence[int]) -> str:
 
 def _say(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        console.stderr.print(text, markup=False, soft_wrap=True)
+        console.stderr.print(text, soft_wrap=True)

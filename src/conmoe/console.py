@@ -19,8 +19,8 @@ from rich.text import Text
 
 from conmoe.evaluate import Fidelity, Measured
 
-stderr = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")
+stdout = Console(highlight=False, markup=False)
 
 
 class _Rate(ProgressColumn):
@@ -54,7 +54,7 @@ class Bars:
         stderr.print(f"{name:<10} {time.perf_counter() - began:.1f} s")
 
     def note(self, text: str) -> None:
-        stderr.print(text, style="dim", markup=False, soft_wrap=True)
+        stderr.print(text, style="dim", soft_wrap=True)
 
 
 def emit(value: Any) -> None:
