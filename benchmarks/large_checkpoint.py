@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -123,11 +124,14 @@ def compress(folder: Path, out: Path, method: str, tokens: int) -> float:
     from conmoe.data import SourceCount
 
     data = conmoe.TokenData(ids(tokens), (SourceCount("random", 1.0, tokens // SEQ_LEN, 1),), "random", ())
+    work = out.with_name(out.name + ".work")
+    for leftover in (out, work):
+        shutil.rmtree(leftover, ignore_errors=True)
     began = time.perf_counter()
     conmoe.compress(
         folder,
         out,
-        out.with_name(out.name + ".work"),
+        work,
         data,
         conmoe.Request(method=method, keep="0.5"),
         Bars(),

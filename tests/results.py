@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conmoe import __version__
 from conmoe.artifacts import checkpoint_fingerprint
-from conmoe.stream import open_source
+from conmoe.source import open_source
 from conmoe.types import LayerPlan, Plan, ScopePlan
 from tests.conftest import token_data
 from tests.families import EXPERTS

@@ -97,7 +97,7 @@ def halved(layers: list[int] | tuple[int, ...], folder: Path, form: str = "slice
 
 
 def moe_of(folder: Path) -> list[int]:
-    return [layer.index for layer in conmoe.stream.open_source(folder).layers]
+    return [layer.index for layer in conmoe.source.open_source(folder).layers]
 
 
 # On disk ------------------------------------------------------------------------------------------------------------

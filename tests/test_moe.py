@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 import conmoe
 from conmoe.moe import canonical, count_field, family_layout, logical_rows, moe_layers
 from conmoe.ops.experts import expert_output, select, tensors
-from conmoe.stream import open_source
+from conmoe.source import open_source
 from tests.conftest import token_data
 from tests.families import EXPERTS, TINY, TOP_K, save_tiny, tiny_model
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conmoe.stream import HiddenStates, open_source, open_stream
+from conmoe.source import open_source
+from conmoe.stream import HiddenStates, open_stream
 from conmoe.types import ConmoeError
 from tests.conftest import Checkpoint, token_data
 from tests.families import TINY, save_tiny

@@ -36,7 +36,8 @@ from conmoe.moe import MoeLayer
 from conmoe.observe import IMPLEMENTATION, Observer, observed
 from conmoe.parallel import Ranks
 from conmoe.registry import statistics as registered_statistics
-from conmoe.stream import Source, check_compressible, open_source, open_stream
+from conmoe.source import Source, check_compressible, open_source
+from conmoe.stream import open_stream
 from conmoe.types import LayerStatistics, TokenSample, UsageError
 
 Advance = Callable[[int], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from conmoe.locate import locate, locate_headers
 from conmoe.parallel import Ranks, refuse_several
 from conmoe.plan import DEFAULT_METHOD, Request
 from conmoe.registry import Form, get_method, methods
-from conmoe.stream import load_config, open_source
+from conmoe.source import load_config, open_source
 from conmoe.types import ConmoeError, Plan, UsageError
 
 app = typer.Typer(
@@ -431,9 +432,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     if not debug:
-        transformers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         code = app(given, prog_name="conmoe", standalone_mode=False)
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ from conmoe.forms import is_approximate
 from conmoe.parallel import refuse_several
 from conmoe.plan import Request, check_request, plan
 from conmoe.registry import Form
-from conmoe.stream import check_compressible, open_source
+from conmoe.source import check_compressible, open_source
 from conmoe.types import ConmoeError, Plan
 from conmoe.verify import verify
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from conmoe import runtime
 from conmoe.data import load_tokenizer
-from conmoe.stream import open_source
+from conmoe.source import open_source
 from conmoe.types import UsageError
 
 

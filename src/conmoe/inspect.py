@@ -14,7 +14,8 @@ from conmoe.allocate import experts_kept
 from conmoe.forms import check_groups
 from conmoe.moe import MoeLayer, decoder_layers
 from conmoe.shards import Entry
-from conmoe.stream import BATCH_TOKENS, Source, open_source
+from conmoe.source import Source, open_source
+from conmoe.stream import BATCH_TOKENS
 from conmoe.types import UsageError
 
 _BASELINE_BYTES = 400 * 2**20  # Python with torch and Transformers loaded, measured

@@ -36,7 +36,7 @@ from conmoe.ops.outliers import super_experts
 from conmoe.ops.plans import embed, identity
 from conmoe.ops.subsets import join_layers, restrict
 from conmoe.registry import Form, Method, bind_options, get_method
-from conmoe.stream import Source, check_compressible, open_source, read_experts
+from conmoe.source import Source, check_compressible, open_source, read_experts
 from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError
 
 DEFAULT_METHOD = "conmoe"

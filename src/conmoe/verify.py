@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conmoe.apply import check_plan, map_name, maps, router_rows
+from conmoe.apply import check_plan
 from conmoe.forms import stored_experts
 from conmoe.moe import MoeLayer
+from conmoe.outputs import map_name, maps, router_rows
 from conmoe.registry import Form
 from conmoe.shards import Entry, raw_chunks, read_tensor
-from conmoe.stream import Source, open_source, open_stream
+from conmoe.source import Source, open_source
+from conmoe.stream import open_stream
 from conmoe.types import ConmoeError, Plan, ScopePlan
 
 

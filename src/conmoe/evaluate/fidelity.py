@@ -20,7 +20,8 @@ from torch import Tensor
 from conmoe.data import TokenData
 from conmoe.observe import IMPLEMENTATION
 from conmoe.parallel import Ranks
-from conmoe.stream import LOGIT_TOKENS, Source, Stream, open_source, open_stream
+from conmoe.source import Source, open_source
+from conmoe.stream import LOGIT_TOKENS, Stream, open_stream
 from conmoe.types import UsageError
 
 

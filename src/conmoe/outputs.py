@@ -1,0 +1,185 @@
+"""Every tensor of a result: copied, cut, computed or left out on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from conmoe.checkpoint import disk_name, is_stack, renumbered
+from conmoe.forms import Stored, stored_experts
+from conmoe.moe import MoeLayer, family_layout, logical_rows
+from conmoe.ops.experts import concatenate, mix, tensors
+from conmoe.registry import Form
+from conmoe.shards import (
+    DTYPE_NAMES,
+    Entry,
+    Output,
+    bytes_of,
+    raw_chunks,
+    read_tensor,
+    tensor_output,
+    torch_dtype,
+)
+from conmoe.source import Source, read_experts
+from conmoe.types import Plan, ScopePlan, UsageError
+
+
+def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tuple[str, ...]]:
+    """Every tensor of the result, in the source's order, and the names of those left out on purpose."""
+    layers = {layer.index: layer for layer in source.layers}
+    scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
+    outputs: list[Output] = []
+    sliced_rows = router_rows(source, plan, form)
+    experts = {f"{layer.experts}.": layer for layer in layers.values()}
+    for target, sources in source.layout.sources.items():
+        owner = next((layer for prefix, layer in experts.items() if target.startswith(prefix)), None)
+        if owner is not None:
+            outputs += _expert_outputs(source, owner, target, scope_of.get(owner.index), form)
+        elif target in sliced_rows:
+            outputs.append(_rows(sources[0].entry, *sliced_rows[target]))
+        else:
+            outputs += [_copy(piece.entry) for piece in sources]
+    if form == "shared":
+        for index, layer in layers.items():
+            outputs += _maps(source, layer, scope_of.get(index))
+    if form == "expanded":
+        return outputs + [_copy(entry) for entry in source.layout.ignored], ()
+    return outputs, tuple(entry.name for entry in source.layout.ignored)
+
+
+def router_rows(source: Source, plan: Plan, form: Form) -> dict[str, tuple[int, Tensor]]:
+    """The parameters of which the form keeps a part of the rows, with their axis and these rows."""
+    scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
+    kept: dict[str, tuple[int, Tensor]] = {}
+    for layer in source.layers:
+        rows = stored_experts(layer, scope_of.get(layer.index), form).rows
+        if rows is not None:
+            kept |= {name: (axis, rows) for name, axis in logical_rows(source.model, layer).items()}
+    return kept
+
+
+def _expert_outputs(
+    source: Source, layer: MoeLayer, target: str, scope: ScopePlan | None, form: Form
+) -> Iterator[Output]:
+    """The stored experts' share of one expert parameter: a tensor for each, or one for all, as the source has it."""
+    sources = source.layout.sources[target]
+    if scope is None:
+        yield from (_copy(piece.entry) for piece in sources)
+        return
+    stored = stored_experts(layer, scope, form)
+    if not stored.owner:
+        return
+    name = target.removeprefix(f"{layer.experts}.")
+    neighbours = {other.index: f"{other.experts}.{name}" for other in source.layers}
+    targets = [neighbours[index] for index in scope.layers]
+    converter = source.layout.converters.get(target)
+    if converter is None:
+        yield _fused(source, sources[0].entry, targets, name, stored, scope)
+    elif is_stack(converter):
+        for part, pattern in enumerate(converter.source_patterns):
+            tables = [_by_expert(source, other, pattern) for other in targets]
+            like = _by_expert(source, target, pattern)[0]
+            for slot in range(len(stored.prototype_S)):
+                output_name = renumbered(like.name, slot)
+                origin = stored.origin(slot)
+                if origin is not None:
+                    entry = tables[origin // layer.logical][origin % layer.logical]
+                    yield Output(output_name, like.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
+                else:
+                    parts = len(converter.source_patterns)
+                    make = partial(_computed_part, source, like, scope, stored, slot, name, part, parts)
+                    yield tensor_output(output_name, like.dtype, like.shape, make)
+    else:
+        raise UsageError(f"{target} is stored in a layout that conmoe reads but does not write yet.")
+
+
+def _by_expert(source: Source, target: str, pattern: str) -> dict[int, Entry]:
+    pieces = source.layout.sources[target]
+    return {int(piece.expert or 0): piece.entry for piece in pieces if piece.pattern == pattern}
+
+
+def _fused(source: Source, like: Entry, targets: list[str], name: str, stored: Stored, scope: ScopePlan) -> Output:
+    """One tensor that holds all stored experts, put together row by row."""
+    entries = [source.layout.sources[target][0].entry for target in targets]
+    E, slots = like.shape[0], len(stored.prototype_S)
+    row = like.nbytes // E
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for slot in range(slots):
+            origin = stored.origin(slot)
+            if origin is not None:
+                yield from raw_chunks(entries[origin // E], (origin % E) * row, row)
+            else:
+                value = _computed_part(source, like, scope, stored, slot, name, 0, 1)
+                yield bytes_of(value.contiguous())
+
+    return Output(like.name, like.dtype, (slots, *like.shape[1:]), slots * row, chunks)
+
+
+def _computed_part(
+    source: Source, like: Entry, scope: ScopePlan, stored: Stored, slot: int, name: str, part: int, parts: int
+) -> Tensor:
+    """One prototype's share of a tensor on disk, scaled if it is a down projection, and only then rounded."""
+    scale, scaled = float(stored.scale_S[slot]), bool((stored.scale_S != 1).any())
+    value = _prototypes(_Scope(source, scope), scaled)[name][int(stored.prototype_S[slot])]
+    if scale != 1.0 and name.startswith("down_proj"):
+        value = value * scale
+    value = value.to(torch_dtype(like))
+    height = value.shape[0] // parts
+    return value[part * height : (part + 1) * height]
+
+
+class _Scope:
+    """A scope of a source as a cache key: the same objects, the same prototypes."""
+
+    def __init__(self, source: Source, scope: ScopePlan) -> None:
+        self.source, self.scope = source, scope
+
+    def __hash__(self) -> int:
+        return hash((id(self.source), id(self.scope)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Scope) and self.source is other.source and self.scope is other.scope
+
+
+@lru_cache(maxsize=1)
+def _prototypes(key: _Scope, scaled: bool) -> dict[str, Tensor]:
+    """The prototypes of a scope in the family's layout: in the dtype on disk, or unrounded if they will be scaled."""
+    source, scope = key.source, key.scope
+    layers = [layer for layer in source.layers if layer.index in scope.layers]
+    experts = concatenate([read_experts(source, layer) for layer in layers])
+    mixed = {name: mix(tensor, scope.plan.mixing_KE, rounded=not scaled) for name, tensor in tensors(experts).items()}
+    mixed |= {name: value.to(mixed[name].dtype) for name, value in scope.plan.weights.items()}
+    return family_layout(source.model.get_submodule(layers[0].experts), mixed)
+
+
+def _rows(entry: Entry, axis: int, rows: Tensor) -> Output:
+    shape = (*entry.shape[:axis], len(rows), *entry.shape[axis + 1 :])
+    return tensor_output(entry.name, entry.dtype, shape, lambda: read_tensor(entry).index_select(axis, rows))
+
+
+def maps(layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Tensor]:
+    """The map and the gains in the router of one layer, by name; a layer that is not planned maps to itself."""
+    if scope is None:
+        return {"expert_map": torch.arange(layer.logical), "expert_gain": torch.ones(layer.logical)}
+    position = scope.layers.index(layer.index)
+    mine = slice(position * layer.logical, (position + 1) * layer.logical)
+    return {"expert_map": scope.plan.assignment_E[mine], "expert_gain": scope.plan.gain_E[mine].float()}
+
+
+def map_name(source: Source, layer: MoeLayer, name: str, value: Tensor) -> str:
+    """The name on disk of a map or its gains."""
+    return disk_name(source.model, f"{layer.router}.{name}", value)
+
+
+def _maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> Iterator[Output]:
+    for name, value in maps(layer, scope).items():
+        disk, kind = map_name(source, layer, name, value), DTYPE_NAMES[value.dtype]
+        yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
+
+
+def _copy(entry: Entry) -> Output:
+    return Output(entry.name, entry.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))

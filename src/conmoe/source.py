@@ -1,0 +1,139 @@
+"""A checkpoint on disk, opened by its headers: configuration, model without weights, layout, MoE layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from conmoe.checkpoint import Layout, read_layout, read_parameter
+from conmoe.moe import MoeLayer, canonical, moe_layers
+from conmoe.shards import DTYPES, Entry, read_entries
+from conmoe.types import Experts, UsageError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk, opened by its headers: the model is on the meta device, no weight is read."""
+
+    folder: Path
+    config: PretrainedConfig
+    model: PreTrainedModel
+    entries: dict[str, Entry]
+    layout: Layout
+    layers: tuple[MoeLayer, ...]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model can read."""
+        return self.model.get_input_embeddings().get_parameter("weight").shape[0]
+
+    @property
+    def files(self) -> list[Path]:
+        return [entry.file for entry in self.entries.values()]
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        UsageError: the folder holds no readable configuration, or one of an unknown type.
+    """
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is no model: it holds no config.json.")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"The configuration of {folder} cannot be used: {reason}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"{folder} is quantised; conmoe works on the full-precision checkpoint it was made from.")
+    return config
+
+
+def open_source(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    entries: dict[str, Entry] | None = None,
+) -> Source:
+    """Open a checkpoint by its headers alone and check that every tensor has its place.
+
+    Args:
+        folder: a local checkpoint folder.
+        dtype: in which to compute; None for the checkpoint's own.
+        experts_implementation: a name registered with Transformers; None for its default.
+        trust_remote_code: run modelling code that comes with the checkpoint.
+        entries: the headers, where they are known already.
+
+    Raises:
+        UsageError: no model, a dense model, or an unsupported family.
+        ConmoeError: a damaged checkpoint.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    entries = read_entries(folder) if entries is None else entries
+    model = _meta_model(config, dtype or _dtype_on_disk(config, entries), experts_implementation, trust_remote_code)
+    layers = moe_layers(model)
+    return Source(folder, config, model, entries, read_layout(model, entries), layers)
+
+
+def check_compressible(source: Source) -> None:
+    """Raise if ``source`` runs but nothing smaller can be made of it."""
+    if getattr(source.config, "num_logical_experts", None) is not None:
+        raise UsageError(f"{source.folder} is consolidated already; compress the checkpoint it was made from.")
+    if source.config.get_text_config() is not source.config:
+        raise UsageError(
+            f"{source.folder} holds a language model beside others (type {source.config.model_type!r}); conmoe "
+            "compresses language models alone."
+        )
+
+
+def read_experts(source: Source, layer: MoeLayer) -> Experts:
+    """The experts of one layer, from disk, in their dtype on disk."""
+    module = source.model.get_submodule(layer.experts)
+    values = {}
+    for name, _ in module.named_parameters():
+        target = f"{layer.experts}.{name}"
+        dtype = DTYPES[source.layout.sources[target][0].entry.dtype]
+        values[name] = read_parameter(source.layout, source.model, target, dtype)
+    return canonical(module, values)
+
+
+def _meta_model(
+    config: PretrainedConfig, dtype: torch.dtype, experts_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, computed buffers (rotary tables) real."""
+    options: dict[str, Any] = {"experts_implementation": experts_implementation} if experts_implementation else {}
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"Model type {config.model_type!r} is not supported: {reason}") from error
+    owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
+    with torch.no_grad():
+        for name in owners:
+            module = model.get_submodule(name)
+            for key in module._non_persistent_buffers_set:
+                buffer = module._buffers[key]
+                if buffer is not None:
+                    module._buffers[key] = torch.empty_like(buffer, device="cpu")
+            model._init_weights(module)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _dtype_on_disk(config: PretrainedConfig, entries: dict[str, Entry]) -> torch.dtype:
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    return next((kinds[entry.dtype] for entry in entries.values() if entry.dtype in kinds), torch.float32)
