@@ -68,9 +68,8 @@ def commands_page() -> str:
             option = parameter.param_type_name == "option"
             shown = ", ".join(parameter.opts) if option else parameter.metavar or parameter.name
             plain = parameter.default not in (None, False, ()) and not callable(parameter.default)
-            lines.append(
-                f"| `{shown}` | {f'`{parameter.default}`' if plain else ''} | {getattr(parameter, 'help', None) or ''} |"
-            )
+            default, meaning = f"`{parameter.default}`" if plain else "", getattr(parameter, "help", None) or ""
+            lines.append(f"| `{shown}` | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
 
