@@ -114,7 +114,7 @@ def statistics(folder: Path, out: Path, tokens: int) -> float:
 
     data = conmoe.TokenData(ids(tokens), (SourceCount("random", 1.0, tokens // SEQ_LEN, 1),), "random", ())
     began = time.perf_counter()
-    conmoe.calibrate(folder, out, data, conmoe.Calibration(batch=BATCH // SEQ_LEN), force=True)
+    conmoe.calibrate(folder, out, data, conmoe.Calibration(), force=True)
     return time.perf_counter() - began
 
 
@@ -135,7 +135,7 @@ def compress(folder: Path, out: Path, method: str, tokens: int) -> float:
         data,
         conmoe.Request(method=method, keep="0.5"),
         Bars(),
-        calibration=conmoe.Calibration(batch=BATCH // SEQ_LEN),
+        calibration=conmoe.Calibration(),
         force=True,
     )
     return time.perf_counter() - began

@@ -28,7 +28,7 @@ from conmoe.source import Source
 from conmoe.types import ConmoeError
 
 #: Tokens that go through a layer together.
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 #: Tokens whose logits exist at the same time.
 LOGIT_TOKENS = 256
 
@@ -213,7 +213,7 @@ def open_stream(
         source: an opened checkpoint.
         ids_NS: token ids, all sequences of one length, without padding.
         device: where to compute.
-        batch: sequences per batch; by default as many as make about 4,096 tokens.
+        batch: sequences per batch; by default as many as make about 2,048 tokens.
         work: keep the hidden states in this folder, for a run that goes on later; by default a temporary one.
     """
     N, S = ids_NS.shape
