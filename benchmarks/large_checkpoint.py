@@ -141,14 +141,15 @@ def compress(folder: Path, out: Path, method: str, tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def peer(folder: Path, tokens: int) -> float:
-    """llm-compressor's REAP modifier, as its documentation calls it."""
+def peer(folder: Path, out: Path, tokens: int) -> float:
+    """llm-compressor's REAP modifier, as its documentation calls it: load, calibrate and prune, save."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
     from transformers import AutoModelForCausalLM
 
+    started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     rows = ids(tokens)
     data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()})
@@ -160,7 +161,9 @@ def peer(folder: Path, tokens: int) -> float:
         max_seq_length=SEQ_LEN,
         num_calibration_samples=len(rows),
     )
-    return time.perf_counter() - began
+    print(f"llm-compressor: calibrate and prune {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    model.save_pretrained(out)
+    return time.perf_counter() - started
 
 
 def row(name: str, python: str, arguments: list[str]) -> dict[str, object]:
@@ -191,7 +194,7 @@ def main() -> None:
         elif kind == "compress":
             seconds = compress(folder, given.work / rest[0], rest[0], int(rest[1]))
         elif kind == "peer":
-            seconds = peer(folder, int(rest[0]))
+            seconds = peer(folder, given.work / "peer", int(rest[0]))
         else:
             seconds = float(make(folder) is not None)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -215,7 +218,7 @@ def main() -> None:
     if given.peer_python:
         rows.append(
             row(
-                f"llm-compressor REAP, {REAP_TOKENS} tokens (model loaded before)",
+                f"llm-compressor REAP, {REAP_TOKENS} tokens: load, prune, save",
                 given.peer_python,
                 [str(given.work), "--step", "peer", str(REAP_TOKENS)],
             )

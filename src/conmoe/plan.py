@@ -36,7 +36,7 @@ from conmoe.ops.outliers import super_experts
 from conmoe.ops.plans import embed, identity
 from conmoe.ops.subsets import join_layers, restrict
 from conmoe.registry import Form, Method, bind_options, get_method
-from conmoe.source import Source, check_compressible, open_source, read_experts
+from conmoe.source import check_compressible, open_source, outline_experts, read_experts
 from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError
 
 DEFAULT_METHOD = "conmoe"
@@ -89,7 +89,8 @@ def plan(
     protected = _protected(source.layers, statistics, request.protect)
 
     def decide(layers: list[MoeLayer], keep: int) -> ScopePlan:
-        loaded = [_load(source, statistics, layer, request.device) for layer in layers]
+        read = read_experts if "weights" in method.needs else outline_experts
+        loaded = [_load(read(source, layer), read_layer(statistics, layer.index), request.device) for layer in layers]
         wide_statistics, wide_experts = join_layers([part for part, _ in loaded], [part for _, part in loaded])
         groups = layers[0].groups if (request.form or method.form) == "sliced" else 1
         held = _positions(layers, protected)
@@ -206,10 +207,11 @@ def _run(
     return method.function(statistics, experts, keep, **options)
 
 
-def _load(source: Source, folder: Path, layer: MoeLayer, device: str) -> tuple[LayerStatistics, Experts]:
-    statistics, experts = read_layer(folder, layer.index), read_experts(source, layer)
+def _load(experts: Experts, statistics: LayerStatistics, device: str) -> tuple[LayerStatistics, Experts]:
     if device != "cpu":
-        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors(experts).items()}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in tensors(experts).items() if not value.is_meta
+        }
         experts = replace(experts, **moved)
         sample = statistics.sample
         moved = {name: getattr(sample, name).to(device) for name in type(sample).__dataclass_fields__}

@@ -95,6 +95,12 @@ def check_compressible(source: Source) -> None:
         )
 
 
+def outline_experts(source: Source, layer: MoeLayer) -> Experts:
+    """The experts of one layer as shapes without values, for those who do not need the weights."""
+    module = source.model.get_submodule(layer.experts)
+    return canonical(module, dict(module.named_parameters()))
+
+
 def read_experts(source: Source, layer: MoeLayer) -> Experts:
     """The experts of one layer, from disk, in their dtype on disk."""
     module = source.model.get_submodule(layer.experts)

@@ -72,11 +72,10 @@ def mixture(members: Sequence[Tensor], shares: Sequence[float], *, rounded: bool
 
 def rows(tensor: Tensor, index: Tensor, axis: int = 0) -> Tensor:
     """``tensor`` at ``index`` along ``axis``, without a copy where the index counts up by ones."""
-    index = index.to(tensor.device)
     first, length = (int(index[0]), index.numel()) if index.numel() else (0, 0)
     if torch.equal(index, torch.arange(first, first + length, device=index.device)):
         return tensor.narrow(axis, first, length)
-    return tensor.index_select(axis, index)
+    return tensor.index_select(axis, index.to(tensor.device))
 
 
 def _row(tensor: Tensor | None, index: int) -> Tensor | None:
