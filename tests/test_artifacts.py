@@ -15,7 +15,7 @@ import torch
 
 import conmoe
 from conmoe import artifacts
-from conmoe.artifacts import building, checkpoint_fingerprint, fingerprint, plan_fingerprint
+from conmoe.artifacts import LABEL, building, checkpoint_fingerprint, fingerprint, plan_fingerprint
 from conmoe.types import LayerPlan, LayerStatistics, Plan, ScopePlan, TokenSample
 
 
@@ -234,7 +234,7 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
     with building(out, key="k") as folder:
         assert (folder / "plan.json").read_text() == "half"
         assert not out.exists()
-    assert [file.name for file in out.iterdir()] == ["plan.json"]
+    assert sorted(file.name for file in out.iterdir()) == [LABEL, "plan.json"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
@@ -276,5 +276,16 @@ def test_nothing_is_pickled():
 
 def test_artifacts_are_json_and_safetensors(calibrated, checkpoint, tmp_path):
     conmoe.plan(checkpoint("olmoe"), calibrated("olmoe"), tmp_path / "plan")
-    files = [*calibrated("olmoe").iterdir(), *(tmp_path / "plan").iterdir()]
+    both = [*calibrated("olmoe").iterdir(), *(tmp_path / "plan").iterdir()]
+    files = [file for file in both if file.name != LABEL]
     assert {file.suffix for file in files} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("place", ["out", "out.partial", "out.replaced"])
+def test_a_strangers_folder_is_never_deleted(place, tmp_path):
+    theirs = tmp_path / place
+    theirs.mkdir()
+    (theirs / "results.json").write_text("{}")  # a name that others use too
+    with pytest.raises(conmoe.UsageError, match="was not written by conmoe"), building(tmp_path / "out", force=True):
+        pass
+    assert (theirs / "results.json").read_text() == "{}"

@@ -271,7 +271,7 @@ MODELS = {
     "pickled weights": (pickled, ["safetensors"]),
     "no weights": (without("model.safetensors"), ["model.safetensors"]),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), ["no tokenizer"]),
-    "a tokenizer that is larger": (foreign_tokenizer, ["tokenizer does not fit", "63"]),
+    "a tokenizer that is larger": (foreign_tokenizer, ["tokenizer does not fit", "64"]),
 }
 
 

@@ -18,11 +18,19 @@ from transformers import PretrainedConfig
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from conmoe import runtime
-from conmoe.artifacts import building, checkpoint_fingerprint, fingerprint, plan_fingerprint, read_plan, write_plan
+from conmoe.artifacts import (
+    building,
+    checkpoint_fingerprint,
+    fingerprint,
+    plan_fingerprint,
+    read_plan,
+    refuse_overlap,
+    write_plan,
+)
 from conmoe.checkpoint import MTP_FIELDS
 from conmoe.forms import check_form
 from conmoe.moe import count_field
-from conmoe.outputs import plan_outputs
+from conmoe.outputs import forget_prototypes, plan_outputs
 from conmoe.registry import Form
 from conmoe.report.card import model_card
 from conmoe.shards import (
@@ -104,15 +112,9 @@ def applying(
     with building(out, force=force, key=key) as partial_folder:
         check_space(partial_folder, total)
         write_shards(outputs, partial_folder, SHARD_BYTES, lambda nbytes: advance(nbytes, total))
+        forget_prototypes()
         _write_rest(source, plan, form, config, partial_folder)
         yield Applied(partial_folder, form, total, sum(entry.nbytes for entry in source.entries.values()), dropped)
-
-
-def refuse_overlap(out: Path, model: Path) -> None:
-    """Raise if writing ``out`` would touch the source."""
-    new, old = out.resolve(), model.resolve()
-    if new == old or new in old.parents or old in new.parents:
-        raise UsageError(f"{out} is, holds or lies in the source {model}; choose another place.")
 
 
 def check_plan(source: Source, plan: Plan) -> None:

@@ -27,8 +27,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PLAN_JSON, PLAN_TENSORS = "plan.json", "plan.safetensors"
 _BLOCKS, _BLOCK = 16, 65536
-_LABEL = "key.json"
-_FINISHED = (MANIFEST, PLAN_JSON, f"conmoe/{PLAN_JSON}", "results.json")  # one of them is in all that conmoe writes
+#: Lies in every folder that conmoe writes, and names what the folder is made from; a folder without it is not ours.
+LABEL = ".conmoe"
 
 
 class Record(BaseModel):
@@ -132,22 +132,34 @@ def building(out: Path, *, force: bool = False, key: str = "") -> Iterator[Path]
     """
     check_free(out, force=force)
     partial, retired = partial_of(out), out.with_name(out.name + ".replaced")
-    if partial.exists() and _text(partial / _LABEL) != key:
-        shutil.rmtree(partial)
+    for ours in (partial, retired):
+        check_ours(ours)
+    if partial.exists() and read_text(partial / LABEL) != key:
+        remove(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    write_atomic(partial / _LABEL, key)
+    write_atomic(partial / LABEL, key)
     yield partial
-    (partial / _LABEL).unlink(missing_ok=True)
-    shutil.rmtree(retired, ignore_errors=True)
+    remove(retired)
     if out.exists():
         os.replace(out, retired)
     os.replace(partial, out)
-    shutil.rmtree(retired, ignore_errors=True)
+    remove(retired)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder of ours, its label last, so that a kill on the way does not leave a stranger behind."""
+    if folder.exists():
+        for child in folder.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child)
+            elif child.name != LABEL:
+                child.unlink()
+        shutil.rmtree(folder)
 
 
 def spoil(partial: Path) -> None:
     """Make sure that the next run does not go on from ``partial`` but begins anew."""
-    (partial / _LABEL).unlink()
+    write_atomic(partial / LABEL, "spoiled")
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -159,8 +171,22 @@ def check_free(out: Path, *, force: bool) -> None:
     if out.is_symlink() or not out.is_dir():
         kind = "link" if out.is_symlink() else "file"
         raise UsageError(f"{out} is a {kind}; conmoe writes a folder there and replaces nothing else.")
-    if any(out.iterdir()) and not any((out / name).is_file() for name in _FINISHED):
-        raise UsageError(f"{out} was not written by conmoe, and --force does not replace it; choose another name.")
+    check_ours(out)
+
+
+def check_ours(folder: Path) -> None:
+    """Raise a UsageError if ``folder`` holds anything and was not written by conmoe: it is not ours to delete."""
+    if not folder.exists() or (folder / LABEL).is_file():
+        return
+    if any(not child.name.startswith(LABEL) for child in folder.iterdir()):
+        raise UsageError(f"{folder} was not written by conmoe, which does not replace it; choose another name.")
+
+
+def refuse_overlap(out: Path, model: Path) -> None:
+    """Raise if writing ``out`` would touch the source."""
+    new, old = out.resolve(), model.resolve()
+    if new == old or new in old.parents or old in new.parents:
+        raise UsageError(f"{out} is, holds or lies in the source {model}; choose another place.")
 
 
 def partial_of(out: Path) -> Path:
@@ -310,5 +336,5 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ConmoeError(f"{file} cannot be read: {error}.") from error
 
 
-def _text(file: Path) -> str | None:
+def read_text(file: Path) -> str | None:
     return file.read_text() if file.is_file() else None

@@ -15,11 +15,6 @@ from conmoe.types import UsageError
 
 Part = Literal["calibration", "evaluation"]
 
-#: What a user is told when calibration runs without ``--data``.
-BUILTIN_NOTICE = (
-    "No --data given: using built-in text, the documentation and sources of Python's own standard library; "
-    "pass --data with text like that the model will meet for a better result."
-)
 BUILTIN_NAME = f"built-in text (standard library of Python {'.'.join(map(str, sys.version_info[:3]))})"
 
 # A document longer than this is cut off, so that no module makes up much of the built-in text.

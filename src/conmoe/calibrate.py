@@ -27,6 +27,7 @@ from conmoe.artifacts import (
     partial_of,
     read_layer,
     read_manifest,
+    refuse_overlap,
     write_atomic,
     write_layer,
     write_manifest,
@@ -77,6 +78,7 @@ def calibrate(
     Returns:
         the manifest of the finished statistics.
     """
+    refuse_overlap(out, model)
     ranks = Ranks.join()
     source = open_source(
         model,

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +22,12 @@ from conmoe import console
 from conmoe.artifacts import check_free, read_manifest, read_plan
 from conmoe.builtin_text import BUILTIN_NAME
 from conmoe.calibrate import Calibration
-from conmoe.compress import Result
-from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, overlap, parse_spec
+from conmoe.compress import Result, clear_work
+from conmoe.data import DataSpec, TokenData, check_tokenizer, load_tokenizer, load_tokens, overlap, parse_spec
 from conmoe.documents import first_line
 from conmoe.forms import is_approximate
 from conmoe.locate import locate, locate_headers
-from conmoe.parallel import Ranks, refuse_several
+from conmoe.parallel import Ranks, local_rank, refuse_several
 from conmoe.plan import DEFAULT_METHOD, Request
 from conmoe.registry import Form, get_method, methods
 from conmoe.source import load_config, open_source
@@ -58,7 +57,7 @@ SeqLen = Annotated[
     int | None, typer.Option(metavar="N", min=2, help="Length of a sequence; by default 512, or what the model allows.")
 ]
 Seed = Annotated[int, typer.Option(help="Chooses the documents and the token sample.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16, float16 or float32.")]
 Sample = Annotated[
     int,
@@ -315,7 +314,7 @@ def compress(
         force=force,
     )
     if work is None:
-        shutil.rmtree(kept)
+        clear_work(kept)
     _finish(out, result, json)
 
 
@@ -459,7 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(sentence: str, code: int) -> int:
-    console.stderr.print(f"Error: {sentence}", style="red", soft_wrap=True)
+    rank = os.environ.get("RANK")
+    console.errors.print(f"Error{f' of process {rank}' if rank else ''}: {sentence}", style="red", soft_wrap=True)
     return code
 
 
@@ -482,6 +482,7 @@ def _text(
     specs = _specs(data)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, config.vocab_size)
     if not specs:
         _say(f"No text given for {part}: using the {part} part of the {BUILTIN_NAME}; better give text of your users.")
     longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
@@ -543,9 +544,9 @@ def _form(text: str | None) -> Form | None:
 
 def _device(text: str) -> str:
     if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise UsageError(f"--device takes auto, cpu, cuda, cuda:1 or mps, not {text!r}.")
+        return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise UsageError(f"--device takes auto, cpu, cuda or cuda:1, not {text!r}.")
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:

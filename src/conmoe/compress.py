@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from conmoe.apply import PLAN_FOLDER, Applied, applying, refuse_overlap
+from conmoe.apply import PLAN_FOLDER, Applied, applying
 from conmoe.artifacts import (
     MANIFEST,
     Manifest,
@@ -18,6 +19,8 @@ from conmoe.artifacts import (
     plan_record,
     read_manifest,
     read_plan,
+    read_text,
+    refuse_overlap,
     spoil,
     write_atomic,
     write_json,
@@ -30,7 +33,7 @@ from conmoe.parallel import refuse_several
 from conmoe.plan import Request, check_request, plan
 from conmoe.registry import Form
 from conmoe.source import check_compressible, open_source
-from conmoe.types import ConmoeError, Plan
+from conmoe.types import ConmoeError, Plan, UsageError
 from conmoe.verify import verify
 
 RESULTS = "results.json"
@@ -112,6 +115,9 @@ def compress(
     check(model, out, request, force=force)
     source = open_source(model, dtype=calibration.dtype, trust_remote_code=trust)
     depth, tokens = source.config.num_hidden_layers, data.tokens
+    refuse_overlap(work, model)
+    if work.resolve() == out.resolve():
+        raise UsageError(f"{work} cannot be both the working folder and the output.")
     work.mkdir(parents=True, exist_ok=True)
 
     statistics = work / "statistics"
@@ -123,7 +129,7 @@ def compress(
             calibrate(model, statistics, data, calibration, force=True, advance=advance)
 
     asked = fingerprint([manifest.fingerprint, asdict(request)])
-    if _read_text(work / PLAN_KEY) == asked:
+    if read_text(work / PLAN_KEY) == asked:
         progress.note(f"The plan in {work / 'plan'} matches; not planning again.")
         made = read_plan(work / "plan")
     else:
@@ -165,8 +171,13 @@ def _spoiled_by_error(partial: Path) -> Iterator[None]:
         raise
 
 
-def _read_text(file: Path) -> str | None:
-    return file.read_text() if file.is_file() else None
+def clear_work(work: Path) -> None:
+    """Remove what :func:`compress` put there, and the folder if nothing else is in it."""
+    for name in ("statistics", "plan"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    (work / PLAN_KEY).unlink(missing_ok=True)
+    with suppress(OSError):
+        work.rmdir()
 
 
 def check(model: Path, out: Path, request: Request, *, force: bool = False) -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from conmoe.evaluate import Fidelity, Measured
 
+errors = Console(stderr=True, highlight=False, markup=False)
 stderr = Console(stderr=True, highlight=False, markup=False, quiet=os.environ.get("RANK", "0") != "0")
 stdout = Console(highlight=False, markup=False)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from conmoe.builtin_text import BUILTIN_NAME, BUILTIN_NOTICE, Part, builtin_documents
+from conmoe.builtin_text import BUILTIN_NAME, Part, builtin_documents
 from conmoe.documents import HUB_PREFIX, Piece, check_source, cut, first_line, read_pieces
 from conmoe.encode import encode
 from conmoe.types import UsageError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILTIN_NAME",
-    "BUILTIN_NOTICE",
     "DataSpec",
     "SourceCount",
     "TokenData",

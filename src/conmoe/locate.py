@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from conmoe.shards import Entry
+from conmoe.shards import Entry, read_entries
 from conmoe.types import ConmoeError, UsageError
 
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*"]
@@ -45,6 +46,8 @@ def locate_headers(model: str) -> tuple[Path, dict[str, Entry] | None]:
     if Path(model).expanduser().exists() or not _HUB_NAME.fullmatch(model):
         return locate(model), None
     folder = _asked(model, lambda: Path(snapshot_download(model, allow_patterns=_SMALL)))
+    with suppress(ConmoeError):  # its weights are in the cache already, so the hub need not be asked
+        return folder, read_entries(folder)
     metadata = _asked(model, lambda: get_safetensors_metadata(model))
     entries = {
         name: Entry(

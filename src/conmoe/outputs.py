@@ -156,6 +156,11 @@ def _prototypes(key: _Scope, scaled: bool) -> dict[str, Tensor]:
     return family_layout(source.model.get_submodule(layers[0].experts), mixed)
 
 
+def forget_prototypes() -> None:
+    """Free the scope that was computed last."""
+    _prototypes.cache_clear()
+
+
 def _rows(entry: Entry, axis: int, rows: Tensor) -> Output:
     shape = (*entry.shape[:axis], len(rows), *entry.shape[axis + 1 :])
     return tensor_output(entry.name, entry.dtype, shape, lambda: read_tensor(entry).index_select(axis, rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +21,11 @@ def refuse_several(verb: str) -> None:
         raise UsageError(f"conmoe {verb} runs in one process; only calibrate and evaluate run under torchrun.")
 
 
+def local_rank() -> int:
+    """Which process of this machine this is, and so which GPU is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among its peers."""
@@ -32,7 +39,10 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return Ranks(0, 1)
         if not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(local_rank())
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(dist.destroy_process_group)
         return Ranks(dist.get_rank(), dist.get_world_size())
 
     def share(self, items: int) -> range:
@@ -65,7 +75,7 @@ class Ranks:
             return [rows]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(rows)]))
-        raw = rows.contiguous().view(len(rows), -1).view(torch.uint8)
+        raw = rows.contiguous().view(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
         padded = torch.zeros(max(map(int, lengths)), raw.shape[1], dtype=torch.uint8)
         padded[: len(raw)] = raw
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None

@@ -27,6 +27,7 @@ from conmoe.artifacts import (
     read_layer,
     read_manifest,
     read_plan,
+    refuse_overlap,
     write_plan,
 )
 from conmoe.forms import check_groups
@@ -86,13 +87,16 @@ def plan(
     if manifest.model != name:
         raise UsageError(f"{statistics} was made from another checkpoint than {model}; calibrate this one.")
     method, options, budgets, scopes = check_request(source.layers, request)
+    _check_needs(method, read_layer(statistics, source.layers[0].index), statistics)
+    if out is not None:
+        refuse_overlap(out, model)
     protected = _protected(source.layers, statistics, request.protect)
 
     def decide(layers: list[MoeLayer], keep: int) -> ScopePlan:
         read = read_experts if "weights" in method.needs else outline_experts
         loaded = [_load(read(source, layer), read_layer(statistics, layer.index), request.device) for layer in layers]
         wide_statistics, wide_experts = join_layers([part for part, _ in loaded], [part for _, part in loaded])
-        groups = layers[0].groups if (request.form or method.form) == "sliced" else 1
+        groups = layers[0].groups if (request.form or method.form_with(options)) == "sliced" else 1
         held = _positions(layers, protected)
         layer_plan = plan_layer(method, wide_statistics, wide_experts, keep, held, groups, options)
         return ScopePlan(tuple(layer.index for layer in layers), layer_plan)
@@ -134,8 +138,8 @@ def check_request(
     first = layers[0]
     if request.scope < 1:
         raise UsageError(f"--scope takes a number of neighbouring layers, not {request.scope}.")
-    form = request.form or method.form
-    if method.form == "sliced" != form and experts_kept(keep, first.logical) < first.logical:
+    form = request.form or method.form_with(options)
+    if method.form_with(options) == "sliced" != form and experts_kept(keep, first.logical) < first.logical:
         raise UsageError(
             f"{method.name!r} drops experts, and only the sliced form takes them out of the router; use --form sliced."
         )
@@ -153,11 +157,22 @@ def check_request(
     scopes = [list(layers[start : start + request.scope]) for start in range(0, len(layers), request.scope)]
     budgets = uniform(keep, first.logical, [len(scope) for scope in scopes])
     named = _named(layers, request.protect)
+    groups = first.groups if form == "sliced" else 1
     for scope, budget in zip(scopes, budgets, strict=True):
-        held = len(_positions(scope, named))
-        if held > budget:
-            raise UsageError(f"{held} experts are protected where {budget} may stay; keep more, or protect fewer.")
+        check_protected(_positions(scope, named), budget, groups, len(scope) * first.logical)
     return method, options, budgets, scopes
+
+
+def check_protected(held: Sequence[int], keep: int, groups: int, experts: int) -> None:
+    """Raise a UsageError if the protected experts leave a method nothing to choose, in any group of the router."""
+    size = experts // groups
+    for group in range(groups):
+        count = sum(group * size <= expert < (group + 1) * size for expert in held)
+        if count >= keep // groups and count < size:
+            raise UsageError(
+                f"{count} experts are protected where {keep // groups} may stay; keep more, or protect fewer "
+                "(--protect none protects nobody)."
+            )
 
 
 def plan_layer(
@@ -177,6 +192,7 @@ def plan_layer(
     E = statistics.owner_E.numel()
     if keep == E:
         return identity(E)
+    check_protected(protected, keep, groups, E)
     held = torch.zeros(E, dtype=torch.bool)
     held[list(protected)] = True
     parts: list[LayerPlan] = []
@@ -184,10 +200,6 @@ def plan_layer(
     for members in torch.arange(E).chunk(groups):
         free, kept = members[~held[members]], members[held[members]]
         left = keep // groups - kept.numel()
-        if left < 1 and free.numel():
-            raise UsageError(
-                f"{kept.numel()} experts are protected where {keep // groups} may stay; keep more, or --protect none."
-            )
         for subset, part in ((free, left), (kept, kept.numel())):
             if subset.numel():
                 subsets.append(subset)
@@ -217,6 +229,12 @@ def _load(experts: Experts, statistics: LayerStatistics, device: str) -> tuple[L
         moved = {name: getattr(sample, name).to(device) for name in type(sample).__dataclass_fields__}
         statistics = replace(statistics, sample=replace(sample, **moved))
     return statistics, experts
+
+
+def _check_needs(method: Method, found: LayerStatistics, folder: Path) -> None:
+    missing = [name for name in method.needs if name not in ("sample", "weights") and name not in found.sums]
+    if missing:
+        raise UsageError(f"{folder} lacks the statistic {missing[0]!r}, which {method.name!r} needs; calibrate again.")
 
 
 def _protected(layers: Sequence[MoeLayer], folder: Path, protect: Sequence[str]) -> Protected:
@@ -250,10 +268,6 @@ def _positions(layers: Sequence[MoeLayer], protected: Protected) -> list[int]:
     ]
 
 
-def _drops(scopes: Sequence[ScopePlan]) -> bool:
-    return any(bool((scope.plan.assignment_E < 0).any()) for scope in scopes)
-
-
 def _assemble(
     scopes: list[ScopePlan],
     request: Request,
@@ -267,7 +281,7 @@ def _assemble(
         method=method.name,
         options={**options, "scope": request.scope} if request.scope > 1 else options,
         keep=request.keep,
-        default_form=request.form or ("sliced" if _drops(scopes) else method.form),
+        default_form=request.form or method.form_with(options),
         protected=protected,
         source=manifest.model,
         statistics=manifest.fingerprint,

@@ -42,11 +42,16 @@ class Method:
     needs: tuple[str, ...]  # names of statistics; "sample" for the token sample; "weights" for the experts
     form: Form  # how a result is stored unless the user says otherwise
     promises_lossless_duplicates: bool  # duplicated experts are consolidated without changing the layer's output
+    drops_if: tuple[str, Any] | None  # the option value by which it drops experts, though it redirects otherwise
     options: Mapping[str, Option]
 
     @property
     def help(self) -> str:
         return inspect.getdoc(self.function) or ""
+
+    def form_with(self, options: Mapping[str, Any]) -> Form:
+        """How a result with these options is stored unless the user says otherwise."""
+        return "sliced" if self.drops_if and options.get(self.drops_if[0]) == self.drops_if[1] else self.form
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,7 @@ def method(
     needs: tuple[str, ...] = (),
     form: Form = "shared",
     promises_lossless_duplicates: bool = False,
+    drops_if: tuple[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register ``(statistics, experts, keep, *, options) -> LayerPlan`` under ``name``.
 
@@ -125,7 +131,9 @@ def method(
     """
 
     def register(function: Function) -> Function:
-        _methods.add(Method(name, function, paper, needs, form, promises_lossless_duplicates, _options(function)))
+        _methods.add(
+            Method(name, function, paper, needs, form, promises_lossless_duplicates, drops_if, _options(function))
+        )
         return function
 
     return register

@@ -139,8 +139,9 @@ def _chunk_totals(logp: list[Tensor], next_ids: Tensor) -> Tensor:
         return torch.stack([losses[0].cpu(), *[torch.tensor(math.nan, dtype=torch.float64)] * 3])
     model, source = logp
     agree = (model.argmax(-1) == source.argmax(-1)).sum().double()
-    # A source probability of zero contributes nothing, also where the model's is zero too.
-    kl = torch.nan_to_num(source.exp() * (source - model), nan=0.0).sum(dtype=torch.float64)
+    # A token that the source rules out contributes nothing, whatever the model says; anything else not finite shows.
+    terms = (source.exp() * (source - model)).masked_fill(source == -math.inf, 0.0)
+    kl = terms.sum(dtype=torch.float64)
     return torch.stack([losses[0], losses[1], kl, agree]).cpu()
 
 

@@ -36,6 +36,7 @@ UNUSED = 1e-6
     paper="https://arxiv.org/abs/2605.29350",
     needs=("count", "norm", "gate_norm", "gate_norm_squared", "sample", "weights"),
     promises_lossless_duplicates=True,
+    drops_if=("redirect", "drop"),
 )
 def conmoe(
     statistics: LayerStatistics,

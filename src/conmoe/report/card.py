@@ -12,7 +12,7 @@ from conmoe.registry import Form, get_method
 from conmoe.types import Plan
 
 _LOADING = {
-    "sliced": "It loads wherever the source family loads: Transformers, vLLM, llama.cpp converters, quantisers.",
+    "sliced": "It has the layout of the source family with fewer experts, and loads where that family does.",
     "expanded": "It loads wherever the source loads and saves no memory; it exists to evaluate the plan on any engine.",
     "shared": (
         "The router is untouched and maps each logical expert to a stored prototype. Load it with "
@@ -25,7 +25,7 @@ def model_card(source: Path, plan: Plan, form: Form) -> str:
     """The card as Markdown with metadata; licence and languages are handed over from the source's card."""
     inherited = _metadata(source)
     data = ModelCardData(
-        base_model=source.name,
+        base_model=_name(source),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["conmoe", "moe", "compression", plan.method],
@@ -42,7 +42,7 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
     experts = plan.scopes[0].plan.assignment_E.numel()
     options = ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "none"
     lines = [
-        f"# {source.name}, consolidated with conmoe",
+        f"# {_name(source)}, consolidated with conmoe",
         "",
         f"{' to '.join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))} of {experts} routed experts per "
         f"{'layer' if len(plan.scopes[0].layers) == 1 else 'scope'} are stored. {_LOADING[form]}",
@@ -67,6 +67,12 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _name(source: Path) -> str:
+    """The source as people know it; the hub's cache keeps a model in ``models--owner--name/snapshots/commit``."""
+    cached = next((part for part in source.parts if part.startswith("models--")), None)
+    return cached.removeprefix("models--").replace("--", "/", 1) if cached else source.name
 
 
 def _metadata(source: Path) -> dict[str, Any]:
