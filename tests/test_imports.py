@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"ops"}),
     frozenset({"statistics", "methods"}),
     frozenset({"allocate"}),
-    frozenset({"families", "moe", "forms", "observe", "source", "stream", "checkpoint", "parallel"}),
+    frozenset({"moe", "forms", "observe", "source", "stream", "checkpoint", "parallel"}),
     frozenset({"builtin_text", "documents", "encode", "data"}),
     frozenset({"<verbs>"}),
     frozenset({"cli", "__main__", "<package>"}),
