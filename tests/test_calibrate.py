@@ -19,6 +19,8 @@ from conmoe.observe import IMPLEMENTATION
 from tests.conftest import Checkpoint, token_data
 from tests.families import TINY
 
+ROOT = Path(__file__).parent.parent
+
 
 class Stop(Exception):
     pass
@@ -171,7 +173,11 @@ def test_two_processes_give_the_single_process_result(checkpoint: Checkpoint, tm
         "conmoe.calibrate(Path(sys.argv[1]), Path(sys.argv[2]), token_data(13), options)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     subprocess.run(
         [*command, str(checkpoint("glm4_moe")), str(tmp_path / "two")], check=True, env=environment, timeout=240
     )

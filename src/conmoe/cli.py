@@ -6,31 +6,54 @@ import errno
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 import conmoe
 from conmoe import console
+from conmoe.arguments import (
+    Data,
+    Device,
+    Dtype,
+    Force,
+    FormName,
+    Json,
+    Keep,
+    MethodName,
+    Model,
+    Options,
+    Protect,
+    Remote,
+    Sample,
+    Scope,
+    Seed,
+    SeqLen,
+    Tokens,
+    depth_of,
+    own_share,
+    read_data,
+    read_device,
+    read_dtype,
+    read_form,
+    read_request,
+    read_specs,
+)
 from conmoe.artifacts import check_free, read_manifest, read_plan
-from conmoe.builtin_text import BUILTIN_NAME
 from conmoe.calibrate import Calibration
 from conmoe.compress import Result, clear_work
-from conmoe.data import DataSpec, TokenData, check_tokenizer, load_tokenizer, load_tokens, overlap, parse_spec
-from conmoe.documents import first_line
+from conmoe.console import say
+from conmoe.data import TokenData, overlap
 from conmoe.forms import is_approximate
 from conmoe.locate import locate, locate_headers
-from conmoe.parallel import Ranks, local_rank, refuse_several
-from conmoe.plan import DEFAULT_METHOD, Request
+from conmoe.parallel import Ranks, refuse_several
+from conmoe.plan import DEFAULT_METHOD
 from conmoe.registry import Form, get_method, methods
-from conmoe.source import load_config, open_source
 from conmoe.types import ConmoeError, Plan, UsageError
 
 app = typer.Typer(
@@ -41,50 +64,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a name on the Hugging Face hub.")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="SPEC",
-        help="Text: a .txt, .jsonl, .parquet file (also .gz, .xz) or hub:name[:config][:split], with a weight "
-        "if wanted: wiki.txt@0.3. Repeatable. Without it a small built-in text is used.",
-    ),
-]
-Tokens = Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens of text to use.")]
-SeqLen = Annotated[
-    int | None, typer.Option(metavar="N", min=2, help="Length of a sequence; by default 512, or what the model allows.")
-]
-Seed = Annotated[int, typer.Option(help="Chooses the documents and the token sample.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16, float16 or float32.")]
-Sample = Annotated[
-    int,
-    typer.Option(metavar="N", min=1, help="Tokens of each layer's sample, which functional distances are measured on."),
-]
-Keep = Annotated[
-    str, typer.Option(help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep.")
-]
-MethodName = Annotated[str, typer.Option("--method", help="See conmoe methods.")]
-Options = Annotated[
-    list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method. Repeatable.")
-]
-Protect = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="EXPERTS", help="Experts that must stay: super (the default), none, or LAYER:EXPERT. Repeatable."
-    ),
-]
-Scope = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Neighbouring layers that share one pool of prototypes: 1, 2, 4 ...")
-]
-FormName = Annotated[
-    str | None, typer.Option("--form", help="shared, sliced or expanded; by default what suits the method.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -166,13 +145,13 @@ def calibrate(
     Example: `conmoe calibrate allenai/OLMoE-1B-7B-0125 stats --data wiki.txt@0.7 --data code.jsonl@0.3`
     """
     folder = locate(model)
-    options = Calibration(sample, seed, _device(device), _dtype(dtype), None, trust_remote_code)
-    depth = _depth(folder, trust_remote_code)
+    options = Calibration(sample, seed, read_device(device), read_dtype(dtype), None, trust_remote_code)
+    depth = depth_of(folder, trust_remote_code)
     check_free(statistics, force=force)
-    text = _text(folder, data, tokens, seq_len, seed, trust_remote_code)
-    with console.Bars().stage("calibrate", _own(text.tokens * depth), "tokens x layers") as advance:
+    text = read_data(folder, data, tokens, seq_len, seed, trust_remote_code)
+    with console.Bars().stage("calibrate", own_share(text.tokens * depth), "tokens x layers") as advance:
         conmoe.calibrate(folder, statistics, text, options, force=force, advance=advance)
-    _say(f"Statistics of {text.tokens:,} tokens are in {statistics}.")
+    say(f"Statistics of {text.tokens:,} tokens are in {statistics}.")
 
 
 @app.command("merge-stats")
@@ -190,7 +169,7 @@ def merge_stats(
     if len(parts) < 2:
         raise UsageError("merge-stats takes at least two folders of statistics and an output.")
     manifest = conmoe.merge_statistics(parts, out, force=force)
-    _say(f"Statistics of {manifest.tokens:,} tokens are in {out}.")
+    say(f"Statistics of {manifest.tokens:,} tokens are in {out}.")
 
 
 @app.command()
@@ -214,11 +193,11 @@ def plan(
     """
     folder = locate(model)
     refuse_several("plan")
-    request = _request(method, keep, option, protect, scope, form, _device(device), trust_remote_code)
+    request = read_request(method, keep, option, protect, scope, form, read_device(device), trust_remote_code)
     with console.Bars().stage("plan", len(read_manifest(statistics).layers), "layers") as advance:
         made = conmoe.plan(folder, statistics, out, request, force=force, advance=advance)
     _describe(made)
-    _say(f"The plan is in {out}; read {out / 'plan.json'}, or apply it with conmoe apply.")
+    say(f"The plan is in {out}; read {out / 'plan.json'}, or apply it with conmoe apply.")
 
 
 @app.command()
@@ -241,13 +220,13 @@ def apply(
             folder,
             made,
             out,
-            form=_form(form),
+            form=read_form(form),
             force=force,
             trust_remote_code=trust_remote_code,
             advance=advance,
         )
     _warn_approximate(made, done.form)
-    _say(f"{out}: {console.size(done.bytes)} of {console.size(done.source_bytes)}, {done.form} form.")
+    say(f"{out}: {console.size(done.bytes)} of {console.size(done.source_bytes)}, {done.form} form.")
 
 
 @app.command()
@@ -290,14 +269,16 @@ def compress(
     Example: `conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data wiki.txt`
     """
     folder = locate(model)
-    request = _request(method, keep, option, protect, scope, form, _device(device), trust_remote_code)
-    calibration = Calibration(sample, seed, request.device, _dtype(dtype), None, trust_remote_code)
+    request = read_request(method, keep, option, protect, scope, form, read_device(device), trust_remote_code)
+    calibration = Calibration(sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
     conmoe.check(folder, out, request, force=force)
-    _specs(evaluate_data)
-    text = _text(folder, data, tokens, seq_len, seed, trust_remote_code)
+    read_specs(evaluate_data)
+    text = read_data(folder, data, tokens, seq_len, seed, trust_remote_code)
     held_out = None
     if evaluate_tokens:
-        held_out = _text(folder, evaluate_data, evaluate_tokens, seq_len, seed, trust_remote_code, part="evaluation")
+        held_out = read_data(
+            folder, evaluate_data, evaluate_tokens, seq_len, seed, trust_remote_code, part="evaluation"
+        )
         _warn_overlap(held_out, text.documents)
     kept = work or out.with_name(out.name + ".work")
     result = conmoe.compress(
@@ -340,14 +321,14 @@ def evaluate(
     """
     folder = locate(model)
     source = locate(against) if against else None
-    where, kind = _device(device), _dtype(dtype)
+    where, kind = read_device(device), read_dtype(dtype)
     if output and output.is_dir():
         raise UsageError(f"--output {output} is a folder; name the file to write.")
-    depth = sum(_depth(each, trust_remote_code) for each in (folder, source) if each)
-    text = _text(folder, data, tokens, seq_len, seed, trust_remote_code, part="evaluation")
+    depth = sum(depth_of(each, trust_remote_code) for each in (folder, source) if each)
+    text = read_data(folder, data, tokens, seq_len, seed, trust_remote_code, part="evaluation")
     if (folder / "conmoe" / "results.json").is_file():
         _warn_overlap(text, conmoe.calibration_documents(folder))
-    with console.Bars().stage("evaluate", _own(text.tokens * depth), "tokens x layers") as advance:
+    with console.Bars().stage("evaluate", own_share(text.tokens * depth), "tokens x layers") as advance:
         found = conmoe.evaluate(
             folder,
             text,
@@ -394,7 +375,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        device=_device(device),
+        device=read_device(device),
         trust_remote_code=trust_remote_code,
     )
     console.stdout.print(prompt + text, soft_wrap=True)
@@ -470,97 +451,6 @@ def _os_sentence(error: OSError) -> str:
     return f"{error.strerror or error}{where}."
 
 
-def _text(
-    folder: Path,
-    data: list[str] | None,
-    tokens: int,
-    seq_len: int | None,
-    seed: int,
-    trust_remote_code: bool,
-    part: Any = "calibration",
-) -> TokenData:
-    specs = _specs(data)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    check_tokenizer(tokenizer, config.vocab_size)
-    if not specs:
-        _say(f"No text given for {part}: using the {part} part of the {BUILTIN_NAME}; better give text of your users.")
-    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    if seq_len and seq_len > longest:
-        raise UsageError(f"--seq-len {seq_len} is more than the {longest} positions of the model.")
-    length = seq_len or min(512, longest)
-    return load_tokens(
-        tokenizer,
-        specs,
-        tokens=tokens,
-        seq_len=length,
-        seed=seed,
-        part=part,
-        shuffle=part == "calibration" or not specs,
-        vocab_size=config.vocab_size,
-    )
-
-
-def _specs(data: list[str] | None) -> list[DataSpec]:
-    return [parse_spec(text) for text in data or []]
-
-
-def _depth(folder: Path, trust_remote_code: bool) -> int:
-    """The number of decoder layers of a checkpoint, which is checked by its headers on the way."""
-    depth: int = open_source(folder, trust_remote_code=trust_remote_code).config.num_hidden_layers
-    return depth
-
-
-def _own(amount: int) -> int:
-    """What of an amount falls to this process."""
-    return amount // int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _request(
-    method: str,
-    keep: str,
-    option: list[str] | None,
-    protect: list[str] | None,
-    scope: int,
-    form: str | None,
-    device: str,
-    trust_remote_code: bool,
-) -> Request:
-    options = {}
-    for text in option or []:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--option takes NAME=VALUE, not {text!r}.")
-        options[name] = value
-    get_method(method)
-    return Request(method, keep, options, tuple(protect or ["super"]), scope, _form(form), device, trust_remote_code)
-
-
-def _form(text: str | None) -> Form | None:
-    if text not in (None, "shared", "sliced", "expanded"):
-        raise UsageError(f"--form takes shared, sliced or expanded, not {text!r}.")
-    return text  # type: ignore[return-value]
-
-
-def _device(text: str) -> str:
-    if text == "auto":
-        return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise UsageError(f"--device takes auto, cpu, cuda or cuda:1, not {text!r}.")
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {text} is not available here: {first_line(error)}.") from error
-    return text
-
-
-def _dtype(text: str) -> torch.dtype | None:
-    known = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if text not in known:
-        raise UsageError(f"--dtype takes {', '.join(known)}, not {text!r}.")
-    return known[text]
-
-
 def _method_json(name: str) -> dict[str, Any]:
     item = get_method(name)
     options = {
@@ -572,39 +462,34 @@ def _method_json(name: str) -> dict[str, Any]:
 
 def _describe(made: Plan) -> None:
     for layer, experts in made.protected.items():
-        _say(f"Protected in layer {layer}: {', '.join(map(str, experts))}.")
+        say(f"Protected in layer {layer}: {', '.join(map(str, experts))}.")
 
 
 def _warn_approximate(made: Plan, form: Form) -> None:
     if is_approximate(made, form):
-        _say("Note: the sliced form cannot redirect; experts that the plan redirects are dropped. Measure the result.")
+        say("Note: the sliced form cannot redirect; experts that the plan redirects are dropped. Measure the result.")
 
 
 def _warn_overlap(text: TokenData, documents: Sequence[str]) -> None:
     share = overlap(text.documents, documents)
     if share > 0:
-        _say(f"Warning: {share:.0%} of the documents measured on were calibrated on; the numbers are too good.")
+        say(f"Warning: {share:.0%} of the documents measured on were calibrated on; the numbers are too good.")
 
 
 def _finish(out: Path, result: Result, json: bool) -> None:
     _describe(result.plan)
     _warn_approximate(result.plan, result.applied.form)
     for name in result.applied.dropped[:1]:
-        _say(f"Left out {len(result.applied.dropped)} tensors that the model class does not read, such as {name}.")
+        say(f"Left out {len(result.applied.dropped)} tensors that the model class does not read, such as {name}.")
     if json:
         console.emit(result.as_json())
     elif result.fidelity:
         rows = [(out.name, result.applied.form, result.fidelity)]
         console.stdout.print(console.fidelity_table(f"{result.fidelity.tokens:,} held-out tokens", rows))
-    _say(f"{out}: {console.size(result.applied.bytes)} of {console.size(result.applied.source_bytes)}.")
+    say(f"{out}: {console.size(result.applied.bytes)} of {console.size(result.applied.source_bytes)}.")
 
 
 def _ranges(counts: Sequence[int]) -> str:
     if len(counts) > 12 and counts[-1] - counts[0] == len(counts) - 1:
         return f"{counts[0]} to {counts[-1]}"
     return ", ".join(map(str, counts)) if len(counts) <= 24 else f"{counts[0]}, {counts[1]}, ... {counts[-1]}"
-
-
-def _say(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        console.stderr.print(text, soft_wrap=True)

@@ -58,6 +58,11 @@ class Bars:
         stderr.print(text, style="dim", soft_wrap=True)
 
 
+def say(text: str) -> None:
+    """A line on standard error, from the first process only."""
+    stderr.print(text, soft_wrap=True)
+
+
 def emit(value: Any) -> None:
     """One JSON object on standard output; numbers that are not finite become null, as JSON has no NaN."""
     sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
