@@ -8,6 +8,7 @@ header, the data.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -211,12 +212,8 @@ def _entry(file: Path, name: str, record: dict[str, Any], offset: int) -> Entry:
     entry = Entry(name, record["dtype"], tuple(record["shape"]), file, offset + begin, end - begin)
     if begin < 0 or end < begin:
         raise ValueError(name)
-    if entry.dtype in DTYPES:
-        count = 1
-        for axis in entry.shape:
-            count *= axis
-        if count * DTYPES[entry.dtype].itemsize != entry.nbytes:
-            raise ValueError(name)
+    if entry.dtype in DTYPES and math.prod(entry.shape) * DTYPES[entry.dtype].itemsize != entry.nbytes:
+        raise ValueError(name)
     return entry
 
 

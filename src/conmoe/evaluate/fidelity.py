@@ -181,8 +181,5 @@ def _size(source: Source) -> tuple[int, int]:
     for entry in source.entries.values():
         bytes_ += entry.nbytes
         if not entry.name.endswith(("expert_map", "expert_gain")):
-            count = 1
-            for axis in entry.shape:
-                count *= axis
-            parameters += count
+            parameters += math.prod(entry.shape)
     return parameters, bytes_
