@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from conmoe.types import Experts, LayerPlan, LayerStatistics, Routing, TokenSample
+from conmoe.types import EXPERT_TENSORS, Experts, LayerPlan, LayerStatistics, Routing, TokenSample
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,38 @@ def naive_sums(experts: Experts, x_TD: Tensor, routing: Routing) -> dict[str, Te
 
 
 def layer_output(layer: Layer, plan: LayerPlan | None = None) -> Tensor:
-    """``y_t = sum over slots of g * E(x)``; with a plan, its one-hot prototypes answer and dropped slots are silent."""
+    """``y_t = sum over slots of g * E(x)``, summed in float64, in the dtype of the tokens.
+
+    With a plan, the prototype of each slot answers, its gate times the gain; dropped slots are silent.
+    """
     E = layer.routing.experts
-    source_E = list(range(E)) if plan is None else sources(plan)
-    y_TD = torch.zeros_like(layer.x_TD)
+    answers = layer.experts if plan is None else prototypes(layer.experts, plan)
+    answer_E = list(range(E)) if plan is None else plan.assignment_E.tolist()
+    gain_E = [1.0] * E if plan is None else plan.gain_E.tolist()
+    y_TD = torch.zeros_like(layer.x_TD, dtype=torch.float64)
     slots = zip(layer.x_TD, layer.routing.index_Tk, layer.routing.weight_Tk, strict=True)
     for token, (x_D, chosen, gates) in enumerate(slots):
         for expert, gate in zip(chosen.tolist(), gates.tolist(), strict=True):
-            if source_E[expert] >= 0:
-                y_TD[token] += gate * answer(layer.experts, source_E[expert], x_D)
-    return y_TD
+            if answer_E[expert] >= 0:
+                x_D = x_D.to(answers.gate_EID.dtype)
+                y_TD[token] += gain_E[expert] * gate * answer(answers, answer_E[expert], x_D).double()
+    return y_TD.to(layer.x_TD.dtype)
+
+
+def prototypes(experts: Experts, plan: LayerPlan) -> Experts:
+    """What a plan says the ``K`` prototypes are, in float64: sums of the experts' tensors, or the plan's own."""
+    made: dict[str, Any] = {}
+    for name in EXPERT_TENSORS:
+        source = getattr(experts, name)
+        if source is not None:
+            made[name] = torch.zeros(plan.mixing_KE.shape[0], *source.shape[1:], dtype=torch.float64)
+            for prototype, recipe in enumerate(plan.mixing_KE.tolist()):
+                for expert, share in enumerate(recipe):
+                    made[name][prototype] += share * source[expert].double()
+        if name in plan.weights:
+            assert plan.weights[name].shape == made[name].shape
+            made[name] = plan.weights[name].double()
+    return replace(experts, **made)
 
 
 def sources(plan: LayerPlan) -> list[int]:

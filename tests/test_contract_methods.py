@@ -9,11 +9,13 @@ from conmoe.ops import experts as expert_ops
 from conmoe.ops import plans, subsets
 from conmoe.registry import Method, bind_options, methods
 from conmoe.types import LayerPlan
-from tests.layers import Layer, layer_output, observe, random_experts, recipes, with_rows
+from tests.layers import Layer, layer_output, observe, prototypes, random_experts, recipes, with_rows
 
 REGISTERED = list(methods().values())
 #: Methods that do not look at the experts cannot follow their labels.
 BLIND = {"random"}
+#: Methods that group experts by what they are, not by how often they are asked: an unused one may stay by itself.
+BLIND_TO_USE = BLIND | {"hc-smoe", "sub-moe"}
 
 every_method = pytest.mark.parametrize("method", REGISTERED, ids=lambda method: method.name)
 
@@ -58,8 +60,17 @@ def test_relabelling_experts_relabels_the_plan(method: Method, seed: int):
         layer.routing,
         subsets.restrict(layer.statistics, order),
     )
-    recipe_EE = recipes(run(method, layer, 4))
-    torch.testing.assert_close(recipes(run(method, renamed, 4)), recipe_EE[order][:, order], rtol=1e-6, atol=1e-9)
+    plan, again = run(method, layer, 4), run(method, renamed, 4)
+    torch.testing.assert_close(recipes(again), recipes(plan)[order][:, order], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(again.gain_E, plan.gain_E[order], rtol=1e-5, atol=1e-6)
+    now, before = prototypes(renamed.experts, again), prototypes(layer.experts, plan)
+    for now_expert, expert in enumerate(order.tolist()):
+        here, there = int(again.assignment_E[now_expert]), int(plan.assignment_E[expert])
+        assert (here < 0) == (there < 0)
+        if here >= 0:
+            for name, tensor in expert_ops.tensors(now).items():
+                expected = getattr(before, name)[there]
+                torch.testing.assert_close(tensor[here], expected, rtol=1e-4, atol=1e-5)
 
 
 @every_method
@@ -70,7 +81,7 @@ def test_unused_experts_survive(method: Method):
         assert all(torch.isfinite(score).all() for score in plan.scores.values())
         assert torch.isfinite(recipes(plan)).all()
     kept = run(method, layer, 5).mixing_KE.argmax(dim=1).tolist()
-    if method.name not in BLIND:
+    if method.name not in BLIND_TO_USE:
         assert kept == [1, 2, 4, 6, 7], "an unused expert took the place of a used one"
 
 
@@ -90,7 +101,9 @@ def test_duplicated_experts_are_lossless_where_promised(method: Method, seed: in
         pytest.skip("not promised")
     layer = observe(with_rows(random_experts(8, seed=seed), [0, 1, 2, 0, 1, 2, 6, 6]), seed=seed)
     plan = run(method, layer, 4)
-    torch.testing.assert_close(layer_output(layer, plan), layer_output(layer))
+    # fitted weights are solved for in the sample's precision; copies and averages are closer by far
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if plan.weights else {}
+    torch.testing.assert_close(layer_output(layer, plan), layer_output(layer), **tolerance)
 
 
 @every_method
