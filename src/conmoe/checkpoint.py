@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from conmoe.shards import Entry, read_into, read_tensor
-from conmoe.types import ConmoeError
+from conmoe.types import ConmoeError, UsageError
 
 #: How configurations count the layers that predict further tokens (MTP), whose tensors no decoder of ours reads.
 MTP_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -120,12 +120,29 @@ def read_parameter(layout: Layout, model: PreTrainedModel, target: str, dtype: t
         read_into(sources[0].entry, out)
     elif is_stack(converter):
         out = torch.empty(wanted.shape, dtype=dtype)
-        _read_stack(sources, converter, out)
+        for piece in sources:
+            read_into(piece.entry, _share(out, piece, converter))
     else:
         out = _convert(target, sources, converter, model).to(dtype)
     if not _finite(out):
         _refuse_non_finite(sources)
     return out
+
+
+def split_parameter(layout: Layout, target: str, value: Tensor) -> Iterator[tuple[Entry, Tensor]]:
+    """The inverse of :func:`read_parameter`: every tensor on disk that makes up a parameter, and its share of ``value``.
+
+    Raises:
+        UsageError: the parameter is stored in a layout that can be read, but not written.
+    """
+    converter = layout.converters.get(target)
+    for piece in layout.sources[target]:
+        if converter is None:
+            yield piece.entry, value
+        elif is_stack(converter):
+            yield piece.entry, _share(value, piece, converter)
+        else:
+            raise UsageError(f"{target} is stored in a layout that conmoe reads but does not write yet.")
 
 
 def read_module(layout: Layout, model: PreTrainedModel, prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -193,12 +210,12 @@ def _check_pieces(target: str, pieces: list[Piece], converter: WeightConverter |
             )
 
 
-def _read_stack(sources: tuple[Piece, ...], converter: WeightConverter, out: Tensor) -> None:
+def _share(value: Tensor, piece: Piece, converter: WeightConverter) -> Tensor:
+    """The view of stacked experts that one tensor on disk holds."""
     parts = converter.source_patterns
-    height = out.shape[1] // len(parts)
-    for source in sources:
-        part, expert = parts.index(str(source.pattern)), int(source.expert or 0)
-        read_into(source.entry, out[expert, part * height : (part + 1) * height])
+    height = value.shape[1] // len(parts)
+    part, expert = parts.index(str(piece.pattern)), int(piece.expert or 0)
+    return value[expert, part * height : (part + 1) * height]
 
 
 def _convert(target: str, sources: tuple[Piece, ...], converter: WeightConverter, model: PreTrainedModel) -> Tensor:
