@@ -18,10 +18,16 @@ from conmoe.types import EXPERT_TENSORS, Experts
 
 def expert_output(experts: Experts, expert: int, x_nD: Tensor) -> Tensor:
     """``y_nD = down(activate(gate(x), up(x)))`` of one expert before its gate, in the experts' own dtype."""
+    hidden_nI = expert_hidden(experts, expert, x_nD)
+    return linear(hidden_nI, experts.down_EDI[expert], _row(experts.down_bias_ED, expert))
+
+
+def expert_hidden(experts: Experts, expert: int, x_nD: Tensor) -> Tensor:
+    """``h_nI = activate(gate(x), up(x))``: what the down projection of one expert gets, in the experts' own dtype."""
     x_nD = x_nD.to(experts.gate_EID.dtype)
     gate_nI = linear(x_nD, experts.gate_EID[expert], _row(experts.gate_bias_EI, expert))
     up_nI = linear(x_nD, experts.up_EID[expert], _row(experts.up_bias_EI, expert))
-    return linear(experts.activate(gate_nI, up_nI), experts.down_EDI[expert], _row(experts.down_bias_ED, expert))
+    return experts.activate(gate_nI, up_nI)
 
 
 def tensors(experts: Experts) -> dict[str, Tensor]:
