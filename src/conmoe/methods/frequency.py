@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from conmoe.ops import plans, scores
+from conmoe.ops import scores
 from conmoe.registry import method
 from conmoe.types import Experts, LayerPlan, LayerStatistics
 
@@ -17,5 +15,4 @@ def frequency(statistics: LayerStatistics, experts: Experts, keep: int) -> Layer
     says, only how often it is asked.
     """
     score_E = scores.score(statistics.sums, mean=False, alpha=0, beta=0)
-    kept_K = scores.top(scores.share_within(score_E, statistics.owner_E), keep)
-    return replace(plans.prune(kept_K, score_E.numel()), scores={"score": score_E})
+    return scores.prune_lowest(score_E, statistics.owner_E, keep)

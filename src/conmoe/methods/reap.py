@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from conmoe.ops import plans, scores
+from conmoe.ops import scores
 from conmoe.registry import method
 from conmoe.types import Experts, LayerPlan, LayerStatistics
 
@@ -17,5 +15,4 @@ def reap(statistics: LayerStatistics, experts: Experts, keep: int) -> LayerPlan:
     rows of dropped experts leave the router, and the softmax runs over the survivors.
     """
     score_E = scores.score(statistics.sums, mean=True, alpha=1, beta=1)
-    kept_K = scores.top(scores.share_within(score_E, statistics.owner_E), keep)
-    return replace(plans.prune(kept_K, score_E.numel()), scores={"score": score_E})
+    return scores.prune_lowest(score_E, statistics.owner_E, keep)

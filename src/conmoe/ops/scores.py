@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from conmoe.types import UsageError
+from conmoe.ops import plans
+from conmoe.types import LayerPlan, UsageError
 
 #: Which statistic is the sum over tokens of g^alpha * ||E||^beta.
-SUMS = {
+SUMS: dict[tuple[float, float], str] = {
     (0, 0): "count",
     (1, 0): "gate",
     (2, 0): "gate_squared",
@@ -21,17 +23,28 @@ SUMS = {
 }
 
 
-def score(sums: Mapping[str, Tensor], mean: bool, alpha: int, beta: int) -> Tensor:
+def score(sums: Mapping[str, Tensor], mean: bool, alpha: float, beta: float) -> Tensor:
     """``S_j = sum over its tokens of g^alpha ||E_j||^beta``, divided by their number if ``mean`` ("How to Score
     Experts", arXiv 2606.15716): (0,0,0) frequency, (0,1,0) SEER, (0,0,1) EAN, (1,1,1) REAP, (1,0,1) MAN, (1,0,2) MSAN.
 
     An expert without tokens scores 0.
+
+    Raises:
+        UsageError: no statistic is the sum with these exponents.
     """
     if (alpha, beta) not in SUMS:
         known = ", ".join(map(str, SUMS))
-        raise UsageError(f"No statistic sums g^{alpha} ||E||^{beta}; known exponents are {known}.")
+        raise UsageError(f"No statistic sums g^{alpha:g} ||E||^{beta:g}; known exponents are {known}.")
     total_E = sums[SUMS[alpha, beta]].double()
     return total_E / sums["count"].clamp_min(1) if mean else total_E
+
+
+def prune_lowest(score_E: Tensor, owner_E: Tensor, keep: int) -> LayerPlan:
+    """Keep the ``keep`` experts of highest score, each score a share of its layer's, and drop the others."""
+    if keep == score_E.numel():
+        return plans.identity(keep)
+    kept_K = top(share_within(score_E, owner_E), keep)
+    return replace(plans.prune(kept_K, score_E.numel()), scores={"score": score_E})
 
 
 def minmax(value_E: Tensor) -> Tensor:
