@@ -14,7 +14,8 @@ from conmoe.compress import Progress
 from conmoe.data import load_tokenizer, load_tokens
 from conmoe.evaluate import Fidelity, evaluate
 from conmoe.generate import generate
-from conmoe.plan import DEFAULT_METHOD, Request, plan
+from conmoe.methods import DEFAULT_METHOD
+from conmoe.plan import Request, plan
 from conmoe.registry import Form
 
 METHODS = (DEFAULT_METHOD, "reap", "frequency")

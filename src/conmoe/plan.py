@@ -31,6 +31,7 @@ from conmoe.artifacts import (
     write_plan,
 )
 from conmoe.forms import check_groups
+from conmoe.methods import DEFAULT_METHOD
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import select, tensors
 from conmoe.ops.outliers import super_experts
@@ -40,7 +41,6 @@ from conmoe.registry import Form, Method, bind_options, get_method
 from conmoe.source import check_compressible, open_source, outline_experts, read_experts
 from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError
 
-DEFAULT_METHOD = "conmoe"
 Protected = Mapping[int, tuple[int, ...]]
 
 
