@@ -120,7 +120,7 @@ def statistics(folder: Path, out: Path, tokens: int) -> float:
 
 def compress(folder: Path, out: Path, method: str, tokens: int) -> float:
     import conmoe
-    from conmoe.console import Bars
+    from conmoe.cli.console import Bars
     from conmoe.data import SourceCount
 
     data = conmoe.TokenData(ids(tokens), (SourceCount("random", 1.0, tokens // SEQ_LEN, 1),), "random", ())

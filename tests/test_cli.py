@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pkgutil import iter_modules
 
 import pytest
 import torch
 
 import conmoe
-from conmoe.cli import app
+from conmoe.cli import app, verbs
 from tests.commands import runner, write_text
 from tests.families import EXPERTS
 
@@ -62,6 +66,46 @@ def test_no_verb_shows_the_help_and_a_version_is_one_line(run):
     assert "Usage" in run().out
     assert run("--help").code == 0
     assert run("--version").out.strip() == conmoe.__version__
+
+
+def test_every_file_of_verbs_is_in_the_help():
+    assert sorted(verbs.FILES) == [module.name for module in iter_modules(verbs.__path__)]
+
+
+# Processes of their own: what the command line imports --------------------------------------------------------------
+
+
+def started(*words):
+    """A Python that tells what it imports on standard error."""
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    return done, imported
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--help"], 0), (["--version"], 0), (["plan", "--help"], 0), (["plan"], 2), (["plam"], 2)]
+)
+def test_what_needs_no_verb_waits_for_no_library(words, code):
+    done, imported = started("-m", "conmoe", *words)
+    assert done.returncode == code, done.stderr
+    assert "rich.console" in imported
+    assert not imported & {"torch", "transformers", "scipy", "numpy", "safetensors"}
+
+
+def test_a_verb_in_a_process_of_its_own_knows_consolidated_models(checkpoint, calibrated, tmp_path):
+    made = conmoe.plan(checkpoint("olmoe"), calibrated("olmoe"), None, conmoe.Request(keep="4"))
+    conmoe.apply(checkpoint("olmoe"), made, tmp_path / "half")
+    done, _ = started("-m", "conmoe", "inspect", tmp_path / "half", "--json")
+    assert json.loads(done.stdout)["family"] == "conmoe_olmoe"
+
+
+def test_importing_the_package_is_all_that_transformers_needs():
+    script = (
+        "import conmoe; from transformers import AutoConfig; print(AutoConfig.for_model('conmoe_olmoe').model_type)"
+    )
+    assert started("-c", script)[0].stdout == "conmoe_olmoe\n"
 
 
 # methods and plan ----------------------------------------------------------------------------------------------------
@@ -155,7 +199,7 @@ def test_without_text_the_built_in_one_is_used_and_named(run, checkpoint, tmp_pa
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_fidelity_table_fits_the_terminal(width, run, monkeypatch, checkpoint, text, tmp_path):
-    monkeypatch.setattr("conmoe.console.stdout._width", width)
+    monkeypatch.setattr("conmoe.cli.console.stdout._width", width)
     model = shutil.copytree(checkpoint("olmoe"), tmp_path / "a-model-with-a-name-as-long-as-they-are")
     shown = run("evaluate", model, "--against", checkpoint("olmoe"), "--data", text, "--tokens", 256, *LENGTH)
     lines = shown.out.splitlines()

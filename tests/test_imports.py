@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"moe", "forms", "observe", "source", "stream", "checkpoint", "parallel"}),
     frozenset({"builtin_text", "documents", "encode", "data"}),
     frozenset({"<verbs>"}),
-    frozenset({"cli", "__main__", "<package>"}),
+    frozenset({"api", "cli", "__main__", "<package>"}),
 )
 
 TENSORS_ONLY = ("torch", "numpy", "scipy", "conmoe.types", "conmoe.registry", "conmoe.ops")
@@ -142,7 +142,8 @@ def test_modelling_files_name_their_neighbours_relatively():
 
 
 def test_nothing_imports_the_command_line():
-    wrong = [str(found) for found in OURS if room(found.target) == "cli" and room(found.source) != "__main__"]
+    inside = {"cli", "__main__"}
+    wrong = [str(found) for found in OURS if room(found.target) == "cli" and room(found.source) not in inside]
     assert not wrong, "\n".join(wrong)
 
 

@@ -4,64 +4,33 @@ The functions here are the verbs of the command line, one to one. Importing the 
 Auto classes to load consolidated checkpoints.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-# First of all: a package that is imported later takes the place of a function of its name.
-from conmoe import methods as _methods  # noqa: F401
-from conmoe import statistics as _statistics  # noqa: F401
-from conmoe.apply import Applied, apply
-from conmoe.artifacts import read_manifest, read_plan, write_json
-from conmoe.calibrate import Calibration, calibrate, merge_statistics
-from conmoe.compress import Result, calibration_documents, check, compress
-from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, parse_spec
-from conmoe.demo import PROMPT as DEMO_PROMPT
-from conmoe.demo import Demo, demo
-from conmoe.evaluate import Fidelity, Measured, evaluate
-from conmoe.generate import generate
-from conmoe.inspect import Inspection, inspect
-from conmoe.locate import locate
-from conmoe.plan import Request, plan
-from conmoe.registry import methods, statistics
-from conmoe.runtime import register as _register
-from conmoe.types import ConmoeError, UsageError
-from conmoe.verify import verify
+if _TYPE_CHECKING:
+    from conmoe.api import *  # noqa: F403
+    from conmoe.api import __all__ as __all__
 
-_register()
 
-__all__ = [
-    "DEMO_PROMPT",
-    "Applied",
-    "Calibration",
-    "ConmoeError",
-    "DataSpec",
-    "Demo",
-    "Fidelity",
-    "Inspection",
-    "Measured",
-    "Request",
-    "Result",
-    "TokenData",
-    "UsageError",
-    "__version__",
-    "apply",
-    "calibrate",
-    "calibration_documents",
-    "check",
-    "compress",
-    "demo",
-    "evaluate",
-    "generate",
-    "inspect",
-    "load_tokenizer",
-    "load_tokens",
-    "locate",
-    "merge_statistics",
-    "methods",
-    "parse_spec",
-    "plan",
-    "read_manifest",
-    "read_plan",
-    "statistics",
-    "verify",
-    "write_json",
-]
+def _load() -> None:
+    """Put the public names here, all at once: module ``__getattr__`` would find ``conmoe.plan`` the module first."""
+    if "__all__" not in globals():
+        from conmoe import api
+
+        globals().update({name: getattr(api, name) for name in api.__all__}, __all__=api.__all__)
+
+
+def _is_command_line() -> bool:
+    """Whether this process was started as ``conmoe`` or ``python -m conmoe``; one that is not sure is not."""
+    import sys
+    from pathlib import Path
+
+    program = next((word for word in sys.orig_argv[1:] if word == "-" or not word.startswith("-")), "")
+    return Path(program).stem == "conmoe"
+
+
+# PyTorch and the classes for Transformers take seconds to import, which --help should not cost: the command line asks
+# for them when a verb runs.
+if not _is_command_line():
+    _load()

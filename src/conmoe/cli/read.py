@@ -1,4 +1,4 @@
-"""What the verbs take: arguments and options, and how their text becomes what the functions want."""
+"""How the text of an argument becomes what the functions want."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from conmoe.builtin_text import BUILTIN_NAME
-from conmoe.console import say
+from conmoe.cli.console import say
 from conmoe.data import DataSpec, TokenData, check_tokenizer, load_tokenizer, load_tokens, parse_spec
 from conmoe.documents import first_line
 from conmoe.parallel import local_rank
@@ -20,50 +19,6 @@ from conmoe.plan import Request
 from conmoe.registry import Form, get_method
 from conmoe.source import load_config, open_source
 from conmoe.types import UsageError
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a name on the Hugging Face hub.")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="SPEC",
-        help="Text: a .txt, .jsonl, .parquet file (also .gz, .xz) or hub:name[:config][:split], with a weight "
-        "if wanted: wiki.txt@0.3. Repeatable. Without it a small built-in text is used.",
-    ),
-]
-Tokens = Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens of text to use.")]
-SeqLen = Annotated[
-    int | None, typer.Option(metavar="N", min=2, help="Length of a sequence; by default 512, or what the model allows.")
-]
-Seed = Annotated[int, typer.Option(help="Chooses the documents and the token sample.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), bfloat16, float16 or float32.")]
-Sample = Annotated[
-    int,
-    typer.Option(metavar="N", min=1, help="Tokens of each layer's sample, which functional distances are measured on."),
-]
-Keep = Annotated[
-    str, typer.Option(help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep.")
-]
-MethodName = Annotated[str, typer.Option("--method", help="See conmoe methods.")]
-Options = Annotated[
-    list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method. Repeatable.")
-]
-Protect = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="EXPERTS", help="Experts that must stay: super (the default), none, or LAYER:EXPERT. Repeatable."
-    ),
-]
-Scope = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Neighbouring layers that share one pool of prototypes: 1, 2, 4 ...")
-]
-FormName = Annotated[
-    str | None, typer.Option("--form", help="shared, sliced or expanded; by default what suits the method.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")]
 
 
 def read_data(
@@ -101,7 +56,7 @@ def read_specs(data: list[str] | None) -> list[DataSpec]:
     return [parse_spec(text) for text in data or []]
 
 
-def depth_of(folder: Path, trust_remote_code: bool) -> int:
+def read_depth(folder: Path, trust_remote_code: bool) -> int:
     """The number of decoder layers of a checkpoint, which is checked by its headers on the way."""
     depth: int = open_source(folder, trust_remote_code=trust_remote_code).config.num_hidden_layers
     return depth

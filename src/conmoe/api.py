@@ -1,0 +1,63 @@
+"""The public functions and types, which are those of the package itself, and what Transformers is taught."""
+
+from conmoe import __version__
+
+# A package that is imported later would take the place of a function of its name.
+from conmoe import methods as _methods  # noqa: F401
+from conmoe import statistics as _statistics  # noqa: F401
+from conmoe.apply import Applied, apply
+from conmoe.artifacts import read_manifest, read_plan, write_json
+from conmoe.calibrate import Calibration, calibrate, merge_statistics
+from conmoe.compress import Result, calibration_documents, check, compress
+from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, parse_spec
+from conmoe.demo import PROMPT as DEMO_PROMPT
+from conmoe.demo import Demo, demo
+from conmoe.evaluate import Fidelity, Measured, evaluate
+from conmoe.generate import generate
+from conmoe.inspect import Inspection, inspect
+from conmoe.locate import locate
+from conmoe.plan import Request, plan
+from conmoe.registry import methods, statistics
+from conmoe.runtime import register as _register
+from conmoe.types import ConmoeError, UsageError
+from conmoe.verify import verify
+
+_register()
+
+__all__ = [
+    "DEMO_PROMPT",
+    "Applied",
+    "Calibration",
+    "ConmoeError",
+    "DataSpec",
+    "Demo",
+    "Fidelity",
+    "Inspection",
+    "Measured",
+    "Request",
+    "Result",
+    "TokenData",
+    "UsageError",
+    "__version__",
+    "apply",
+    "calibrate",
+    "calibration_documents",
+    "check",
+    "compress",
+    "demo",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load_tokenizer",
+    "load_tokens",
+    "locate",
+    "merge_statistics",
+    "methods",
+    "parse_spec",
+    "plan",
+    "read_manifest",
+    "read_plan",
+    "statistics",
+    "verify",
+    "write_json",
+]

@@ -1,0 +1,27 @@
+"""What is worth saying about a result besides where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from conmoe.cli.console import say
+from conmoe.data import TokenData, overlap
+from conmoe.forms import is_approximate
+from conmoe.registry import Form
+from conmoe.types import Plan
+
+
+def protected(made: Plan) -> None:
+    for layer, experts in made.protected.items():
+        say(f"Protected in layer {layer}: {', '.join(map(str, experts))}.")
+
+
+def approximate(made: Plan, form: Form) -> None:
+    if is_approximate(made, form):
+        say("Note: the sliced form cannot redirect; experts that the plan redirects are dropped. Measure the result.")
+
+
+def overlapping(text: TokenData, documents: Sequence[str]) -> None:
+    share = overlap(text.documents, documents)
+    if share > 0:
+        say(f"Warning: {share:.0%} of the documents measured on were calibrated on; the numbers are too good.")

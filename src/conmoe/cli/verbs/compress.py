@@ -1,0 +1,122 @@
+"""``conmoe compress``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import conmoe
+from conmoe.cli import console, tables
+from conmoe.cli.app import verb
+from conmoe.cli.arguments import (
+    Data,
+    Device,
+    Dtype,
+    Force,
+    FormName,
+    Json,
+    Keep,
+    MethodName,
+    Model,
+    Options,
+    Protect,
+    Remote,
+    Sample,
+    Scope,
+    Seed,
+    SeqLen,
+    Tokens,
+)
+from conmoe.cli.console import say
+from conmoe.methods import DEFAULT_METHOD
+
+
+@verb()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
+    keep: Keep,
+    method: MethodName = DEFAULT_METHOD,
+    option: Options = None,
+    protect: Protect = None,
+    scope: Scope = 1,
+    form: FormName = None,
+    data: Data = None,
+    tokens: Tokens = 32768,
+    seq_len: SeqLen = None,
+    sample: Sample = 4096,
+    seed: Seed = 0,
+    evaluate_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="SPEC", help="Held-out text to measure on; by default built-in text."),
+    ] = None,
+    evaluate_tokens: Annotated[
+        int, typer.Option("--eval-tokens", metavar="N", min=0, help="Tokens to measure on; 0 measures nothing.")
+    ] = 8192,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keep statistics and plan here for other runs; by default OUT.work, removed at the end."),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not load the result and compare it with the plan.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    json: Json = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Calibrate, plan, apply, verify and measure, in one go. A killed run is taken up where it stopped.
+
+    Example: `conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data wiki.txt`
+    """
+    from conmoe.cli import notes
+    from conmoe.cli.read import read_data, read_device, read_dtype, read_request, read_specs
+    from conmoe.compress import clear_work
+
+    folder = conmoe.locate(model)
+    request = read_request(method, keep, option, protect, scope, form, read_device(device), trust_remote_code)
+    calibration = conmoe.Calibration(sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
+    conmoe.check(folder, out, request, force=force)
+    read_specs(evaluate_data)
+    text = read_data(folder, data, tokens, seq_len, seed, trust_remote_code)
+    held_out = None
+    if evaluate_tokens:
+        held_out = read_data(
+            folder, evaluate_data, evaluate_tokens, seq_len, seed, trust_remote_code, part="evaluation"
+        )
+        notes.overlapping(held_out, text.documents)
+    kept = work or out.with_name(out.name + ".work")
+    result = conmoe.compress(
+        folder,
+        out,
+        kept,
+        text,
+        request,
+        console.Bars(),
+        calibration=calibration,
+        form=request.form,
+        held_out=held_out,
+        verified=not no_verify,
+        force=force,
+    )
+    if work is None:
+        clear_work(kept)
+    _finish(out, result, json)
+
+
+def _finish(out: Path, result: conmoe.Result, json: bool) -> None:
+    from conmoe.cli import notes
+
+    notes.protected(result.plan)
+    notes.approximate(result.plan, result.applied.form)
+    for name in result.applied.dropped[:1]:
+        say(f"Left out {len(result.applied.dropped)} tensors that the model class does not read, such as {name}.")
+    if json:
+        console.emit(result.as_json())
+    elif result.fidelity:
+        rows = [(out.name, result.applied.form, result.fidelity)]
+        console.stdout.print(tables.fidelity_table(f"{result.fidelity.tokens:,} held-out tokens", rows))
+    say(f"{out}: {tables.size(result.applied.bytes)} of {tables.size(result.applied.source_bytes)}.")

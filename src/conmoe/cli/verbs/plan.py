@@ -1,0 +1,47 @@
+"""``conmoe plan``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import conmoe
+from conmoe.cli import console
+from conmoe.cli.app import verb
+from conmoe.cli.arguments import Device, Force, FormName, Keep, MethodName, Model, Options, Protect, Remote, Scope
+from conmoe.cli.console import say
+from conmoe.methods import DEFAULT_METHOD
+
+
+@verb()
+def plan(
+    model: Model,
+    statistics: Annotated[Path, typer.Argument(metavar="STATS", help="What conmoe calibrate wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="PLAN", help="The folder to write.")],
+    keep: Keep,
+    method: MethodName = DEFAULT_METHOD,
+    option: Options = None,
+    protect: Protect = None,
+    scope: Scope = 1,
+    form: FormName = None,
+    device: Device = "cpu",
+    force: Force = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Decide which experts stay and who answers for whom. The model is not run.
+
+    Example: `conmoe plan allenai/OLMoE-1B-7B-0125 stats plan --method reap --keep 48`
+    """
+    from conmoe.cli import notes
+    from conmoe.cli.read import read_device, read_request
+    from conmoe.parallel import refuse_several
+
+    folder = conmoe.locate(model)
+    refuse_several("plan")
+    request = read_request(method, keep, option, protect, scope, form, read_device(device), trust_remote_code)
+    with console.Bars().stage("plan", len(conmoe.read_manifest(statistics).layers), "layers") as advance:
+        made = conmoe.plan(folder, statistics, out, request, force=force, advance=advance)
+    notes.protected(made)
+    say(f"The plan is in {out}; read {out / 'plan.json'}, or apply it with conmoe apply.")
