@@ -86,7 +86,7 @@ REQUESTS = {
         ["2 groups", "multiple of 2", "not 5"],
     ),
     "pruning without a form for it": (
-        (*COMPRESS, "--keep", "4", "--method", "reap", "--form", "shared"),
+        (*COMPRESS, "--keep", "4", "--method", "reap", "--form", "expanded"),
         ["'reap' drops experts", "--form sliced"],
     ),
     "a scope sliced": ((*COMPRESS, "--keep", "4", "--scope", "2", "--form", "sliced"), ["--form shared"]),

@@ -28,7 +28,7 @@ from conmoe.artifacts import (
     write_plan,
 )
 from conmoe.checkpoint import MTP_FIELDS
-from conmoe.forms import check_form
+from conmoe.forms import check_form, departures
 from conmoe.moe import count_field
 from conmoe.outputs import forget_prototypes, plan_outputs
 from conmoe.registry import Form
@@ -156,13 +156,16 @@ def _config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) -> dic
     if form == "sliced":
         return config | dict.fromkeys(counts, plan.scopes[0].plan.mixing_KE.shape[0])
     logical = source.layers[0].logical
+    pools = _pools(source, plan)
+    sizes = [size for _, size in pools.values()] if pools else [plan.scopes[0].plan.mixing_KE.shape[0]]
     return runtime.shared_config(
         config | dict.fromkeys(counts, logical),
         source.config.model_type,
         type(source.model).__name__,
-        prototypes=max(scope.plan.mixing_KE.shape[0] for scope in plan.scopes),
+        prototypes=max(sizes),
         logical=logical,
-        pools=_pools(source, plan),
+        pools=pools,
+        departures=_departures(source, plan),
     )
 
 
@@ -186,6 +189,12 @@ def _write_rest(source: Source, plan: Plan, form: Form, config: Mapping[str, Any
     (out / PLAN_FOLDER).mkdir(exist_ok=True)
     write_plan(out / PLAN_FOLDER, plan)
     (out / "README.md").write_text(model_card(source.folder, plan, form))
+
+
+def _departures(source: Source, plan: Plan) -> dict[int, dict[str, Any]]:
+    scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
+    found = {layer.index: departures(layer, scope_of.get(layer.index)) for layer in source.layers}
+    return {index: departure for index, departure in found.items() if departure}
 
 
 def _pools(source: Source, plan: Plan) -> dict[int, tuple[int, int]] | None:

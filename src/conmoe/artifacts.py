@@ -21,10 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from conmoe.types import ConmoeError, LayerPlan, LayerStatistics, Plan, ScopePlan, TokenSample, UsageError
+from conmoe.types import (
+    ConmoeError,
+    LayerPlan,
+    LayerStatistics,
+    Plan,
+    ScopePlan,
+    TokenSample,
+    UsageError,
+    sample_tensors,
+)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TOKENS = "tokens.safetensors"
 PLAN_JSON, PLAN_TENSORS = "plan.json", "plan.safetensors"
 _BLOCKS, _BLOCK = 16, 65536
 #: Lies in every folder that conmoe writes, and names what the folder is made from; a folder without it is not ours.
@@ -73,6 +83,7 @@ class ScopeRecord(Record):
     kept: tuple[int | None, ...]  # the source expert of each prototype; null for a mixture
     assignment: tuple[int, ...]
     predicted_error: float | None
+    skip: float = 0.0
 
 
 class PlanRecord(Record):
@@ -200,8 +211,7 @@ def layer_file(folder: Path, layer: int) -> Path:
 def write_layer(folder: Path, layer: int, statistics: LayerStatistics) -> None:
     """Store one layer's statistics, atomically."""
     tensors = {f"sum.{name}": value for name, value in statistics.sums.items()}
-    sample = statistics.sample
-    tensors |= {f"sample.{name}": getattr(sample, name) for name in TokenSample.__dataclass_fields__}
+    tensors |= {f"sample.{name}": value for name, value in sample_tensors(statistics.sample).items()}
     write_atomic(layer_file(folder, layer), _serialize(tensors, {"tokens": str(statistics.tokens)}))
 
 
@@ -209,9 +219,27 @@ def read_layer(folder: Path, layer: int) -> LayerStatistics:
     """Load one layer's statistics."""
     tensors, metadata = _read_tensors(layer_file(folder, layer))
     sums = {name.removeprefix("sum."): value for name, value in tensors.items() if name.startswith("sum.")}
-    sample = TokenSample(**{name: tensors[f"sample.{name}"] for name in TokenSample.__dataclass_fields__})
+    sample = {
+        name: tensors[f"sample.{name}"] for name in TokenSample.__dataclass_fields__ if f"sample.{name}" in tensors
+    }
     owner = torch.zeros(len(sums["count"]), dtype=torch.int64)
-    return LayerStatistics(int(metadata["tokens"]), sums, sample, owner)
+    return LayerStatistics(int(metadata["tokens"]), sums, TokenSample(**sample), owner)
+
+
+def write_tokens(folder: Path, ids_NS: Tensor) -> None:
+    """Store the calibration tokens, for those who have to run the model again."""
+    write_atomic(folder / TOKENS, _serialize({"ids_NS": ids_NS.to(torch.int32)}))
+
+
+def read_tokens(folder: Path) -> Tensor:
+    """The token sequences that a folder of statistics was calibrated on, ``ids_NS`` in int64.
+
+    Raises:
+        UsageError: they are not there (statistics of sequences of different lengths were merged).
+    """
+    if not (folder / TOKENS).is_file():
+        raise UsageError(f"{folder} does not hold its calibration tokens; calibrate on all the text at once.")
+    return _read_tensors(folder / TOKENS)[0]["ids_NS"].long()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -243,9 +271,16 @@ def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
     for i, scope in enumerate(plan.scopes):
         layer = scope.plan
         tensors |= {f"{i}.assignment": layer.assignment_E, f"{i}.mixing": layer.mixing_KE, f"{i}.gain": layer.gain_E}
+        tensors |= {f"{i}.{name}": value for name, value in _optional(layer).items()}
         tensors |= {f"{i}.weights.{name}": value for name, value in layer.weights.items()}
         tensors |= {f"{i}.scores.{name}": value for name, value in layer.scores.items()}
     return tensors
+
+
+def _optional(plan: LayerPlan) -> dict[str, Tensor]:
+    """What only some plans have."""
+    found = {"constant": plan.constant_CD, "static": plan.static_K}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def plan_record(plan: Plan) -> PlanRecord:
@@ -260,6 +295,7 @@ def plan_record(plan: Plan) -> PlanRecord:
             predicted_error=None
             if scope.plan.predicted_error != scope.plan.predicted_error
             else scope.plan.predicted_error,
+            skip=scope.plan.skip,
         )
         for scope in plan.scopes
     )
@@ -269,6 +305,8 @@ def plan_record(plan: Plan) -> PlanRecord:
 
 def kept_experts(plan: LayerPlan) -> list[int | None]:
     """For each prototype the source expert it is a copy of, or None if it is a mixture or has new weights."""
+    if not len(plan.mixing_KE):
+        return []
     one_hot = ((plan.mixing_KE != 0).sum(1) == 1) & (plan.mixing_KE.max(1).values == 1)
     expert = plan.mixing_KE.argmax(1)
     return [int(e) if single and not plan.weights else None for e, single in zip(expert, one_hot, strict=True)]
@@ -297,6 +335,9 @@ def read_plan(folder: Path) -> Plan:
                     named(f"{i}.weights."),
                     float("nan") if scope.predicted_error is None else scope.predicted_error,
                     named(f"{i}.scores."),
+                    tensors.get(f"{i}.constant"),
+                    tensors.get(f"{i}.static"),
+                    scope.skip,
                 ),
             )
             for i, scope in enumerate(record.scopes)

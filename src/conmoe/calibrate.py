@@ -27,10 +27,12 @@ from conmoe.artifacts import (
     partial_of,
     read_layer,
     read_manifest,
+    read_tokens,
     refuse_overlap,
     write_atomic,
     write_layer,
     write_manifest,
+    write_tokens,
 )
 from conmoe.data import TokenData
 from conmoe.moe import MoeLayer
@@ -39,7 +41,7 @@ from conmoe.parallel import Ranks
 from conmoe.registry import statistics as registered_statistics
 from conmoe.source import Source, check_compressible, open_source
 from conmoe.stream import open_stream
-from conmoe.types import LayerStatistics, TokenSample, UsageError
+from conmoe.types import LayerStatistics, TokenSample, UsageError, sample_tensors
 
 Advance = Callable[[int], None]
 
@@ -102,6 +104,7 @@ def calibrate(
                 leftover.unlink()
             for leftover in sorted(partial.glob("work-*")):
                 leftover.rmdir()
+            write_tokens(partial, data.ids_NS)
             write_manifest(partial, manifest)
     ranks.barrier()
     return manifest
@@ -130,6 +133,8 @@ def merge_statistics(parts: list[Path], out: Path, *, force: bool = False) -> Ma
     with building(out, force=force) as partial:
         for layer in first.layers:
             write_layer(partial, layer, add([read_layer(part, layer) for part in parts], merged.sample))
+        if len({manifest.seq_len for manifest in manifests}) == 1:
+            write_tokens(partial, torch.cat([read_tokens(part) for part in parts]))
         write_manifest(partial, merged)
     return merged
 
@@ -149,8 +154,8 @@ def add(parts: list[LayerStatistics], limit: int) -> LayerStatistics:
 
 def smallest(parts: list[TokenSample], limit: int) -> TokenSample:
     """The ``limit`` tokens of lowest priority of several samples, which is a sample of their union."""
-    names = TokenSample.__dataclass_fields__
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    columns = [sample_tensors(part) for part in parts]
+    joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
     order = torch.argsort(joined["priority_n"], stable=True)[:limit]
     return TokenSample(**{name: value[order] for name, value in joined.items()})
 
@@ -216,7 +221,8 @@ def _first_unfinished(source: Source, out: Path, work: Path, ranks: Ranks) -> in
 @contextmanager
 def _watch(source: Source, layer: MoeLayer, observer: Observer) -> Any:
     model = source.model
-    with observed(model.get_submodule(layer.experts), model.get_submodule(layer.router), observer):
+    block, experts, router = (model.get_submodule(path) for path in (layer.block, layer.experts, layer.router))
+    with observed(block, experts, router, observer):
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +42,44 @@ def stored_experts(layer: MoeLayer, scope: ScopePlan | None, form: Form) -> Stor
     plan = scope.plan
     K = plan.mixing_KE.shape[0]
     if form == "expanded":
-        position = scope.layers.index(layer.index)
-        mine = slice(position * layer.logical, (position + 1) * layer.logical)
-        return Stored(plan, plan.assignment_E[mine], plan.gain_E[mine], None, True)
+        mine = own_part(scope, layer, plan.assignment_E), own_part(scope, layer, plan.gain_E)
+        return Stored(plan, *mine, None, True)
     if form == "sliced":
         rows = representatives(plan)
         return Stored(plan, torch.arange(K), plan.gain_E[rows], rows, True)
-    return Stored(plan, torch.arange(K), torch.ones(K), None, layer.index == scope.layers[0])
+    assignment_E = own_part(scope, layer, plan.assignment_E)
+    cut = bool((assignment_E < 0).any()) and not is_condensed(scope)
+    rows_left = (assignment_E >= 0).nonzero().flatten() if cut else None
+    return Stored(plan, torch.arange(K), torch.ones(K), rows_left, layer.index == scope.layers[0])
+
+
+def own_part(scope: ScopePlan, layer: MoeLayer, value_E: Tensor) -> Tensor:
+    """Of what a scope's plan says of all its logical experts, the part of one layer."""
+    position = scope.layers.index(layer.index)
+    return value_E[position * layer.logical : (position + 1) * layer.logical]
+
+
+def is_condensed(scope: ScopePlan | None) -> bool:
+    """Whether the layers of this scope lose their router."""
+    return scope is not None and scope.plan.static_K is not None
+
+
+def departures(layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Any]:
+    """What a ``shared`` checkpoint's configuration has to say of a layer, beside its pool."""
+    if scope is None:
+        return {}
+    plan = scope.plan
+    if plan.static_K is not None:
+        return {"static": plan.static_K.numel()}
+    found: dict[str, Any] = {}
+    left = int((own_part(scope, layer, plan.assignment_E) >= 0).sum())
+    if left < layer.logical:
+        found["rows"] = left
+    if plan.constant_CD is not None:
+        found["constants"] = plan.constant_CD.shape[0]
+    if plan.skip:
+        found["skip"] = True
+    return found
 
 
 def representatives(plan: LayerPlan) -> Tensor:
@@ -62,28 +94,56 @@ def representatives(plan: LayerPlan) -> Tensor:
 def is_approximate(plan: Plan, form: Form) -> bool:
     """Whether storing ``plan`` in this form changes what it says: a map is lost when router rows are cut."""
     return form == "sliced" and any(
-        bool((scope.plan.assignment_E >= 0).sum() > scope.plan.mixing_KE.shape[0]) for scope in plan.scopes
+        bool((scope.plan.assignment_E >= 0).sum() > scope.plan.mixing_KE.shape[0]) or scope.plan.skip > 0
+        for scope in plan.scopes
     )
 
 
 def check_form(layers: Sequence[MoeLayer], plan: Plan, form: Form) -> None:
     """Raise a UsageError, in one sentence, if ``form`` cannot hold ``plan``."""
-    counts = {scope.plan.mixing_KE.shape[0] for scope in plan.scopes}
-    if form != "sliced":
+    by_index = {layer.index: layer for layer in layers}
+    if form == "shared":
+        for scope in plan.scopes:
+            for layer in (by_index[index] for index in scope.layers):
+                rows_left = stored_experts(layer, scope, form).rows
+                if rows_left is not None:
+                    check_router(layer, rows_left)
+        return
+    for scope in plan.scopes:
+        what = _unlike_stock(scope.plan, form)
+        if what:
+            raise UsageError(
+                f"The plan of {plan.method!r} {what}, which the {form} form cannot hold; use --form shared."
+            )
+    if form == "expanded":
         if any(bool((scope.plan.assignment_E < 0).any()) for scope in plan.scopes):
             raise UsageError(
-                f"The plan of {plan.method!r} drops experts, and only the sliced form takes them out of the router; "
-                "use --form sliced."
+                f"The plan of {plan.method!r} drops experts, which the expanded form cannot take out of the router; "
+                "use --form sliced or --form shared."
             )
         return
     if any(len(scope.layers) > 1 for scope in plan.scopes):
         raise UsageError("Layers that share a pool of prototypes have no sliced form; use --form shared.")
+    counts = {scope.plan.mixing_KE.shape[0] for scope in plan.scopes}
     planned = {scope.layers[0] for scope in plan.scopes}
     if len(counts) > 1 or (planned != {layer.index for layer in layers} and counts != {layers[0].logical}):
         raise UsageError("The sliced form stores one number of experts for all layers, and this plan has several.")
     for scope in plan.scopes:
         layer = next(layer for layer in layers if layer.index == scope.layers[0])
         check_router(layer, representatives(scope.plan))
+
+
+def _unlike_stock(plan: LayerPlan, form: Form) -> str:
+    """What ``plan`` has that the classes of the source's family have no place for, and cannot do without."""
+    if plan.static_K is not None:
+        return "condenses layers"
+    if any("." in name for name in plan.weights):
+        return "stores experts as factors"
+    if form == "expanded" and plan.constant_CD is not None:
+        return "answers with constants"
+    if form == "expanded" and plan.skip:
+        return "skips experts at run time"
+    return ""
 
 
 def check_router(layer: MoeLayer, kept: Tensor) -> None:

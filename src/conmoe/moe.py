@@ -7,11 +7,13 @@ it is refused in one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from conmoe.runtime import COUNT_FIELDS
@@ -64,16 +66,74 @@ def moe_layers(model: PreTrainedModel) -> tuple[MoeLayer, ...]:
     if not any("expert" in name.lower() for name, _ in model.named_modules()):
         raise UsageError(f"This is a dense model (type {kind!r}): it has no experts to consolidate.")
     path, layers = decoder_layers(model)
-    found = []
+    found, condensed = [], 0
     for index, layer in enumerate(layers):
         for name, module in layer.named_modules():
-            if hasattr(module, "is_concatenated"):
-                found.append(_moe_layer(model, index, f"{path}.{index}", f"{path}.{index}.{name}", module))
-    if not found:
+            if hasattr(module, "static_gate"):
+                condensed += 1
+            elif hasattr(module, "is_concatenated"):
+                experts = f"{path}.{index}.{name}"
+                if not is_condensed_block(model.get_submodule(experts.rpartition(".")[0])):
+                    found.append(_moe_layer(model, index, f"{path}.{index}", experts, module))
+    if not found and not condensed:
         raise UsageError(f"The experts of model type {kind!r} are built in a way that conmoe does not support yet.")
     if len({layer.index for layer in found}) != len(found):
         raise UsageError(f"Model type {kind!r} has two sets of experts in one layer; not supported.")
     return tuple(found)
+
+
+def is_condensed_block(block: nn.Module) -> bool:
+    """Whether a block has lost its router: its experts answer every token."""
+    return any(hasattr(child, "static_gate") for child in block.children())
+
+
+def rerouter(
+    router: nn.Module, arguments: Mapping[str, Tensor], top_k: int
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What a router chooses when only some experts are left, by its own code: see :attr:`conmoe.types.Experts.reroute`.
+
+    The scores of the others are minus infinity, wherever they enter: as logits, and in biases of one number for each
+    expert. That is what a router without their rows computes.
+
+    Args:
+        router: a router with its weights, ours to change.
+        arguments: tensors that the block passes to it beside the hidden states, by name.
+        top_k: experts for each token.
+    """
+    scores = next(value for value in router.state_dict().values() if value.ndim == 2 and value.shape[0] > 1)
+    E = scores.shape[0]
+
+    @torch.no_grad()
+    def reroute(hidden_nD: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor]:
+        dropped_E = torch.ones(E, dtype=torch.bool, device=scores.device)
+        dropped_E[kept_K.to(scores.device)] = False
+        biases = {name: value for name, value in router.state_dict().items() if value.numel() == E}
+        masked = {name: value.masked_fill(dropped_E.view(value.shape), -torch.inf) for name, value in biases.items()}
+        given = {
+            name: value.masked_fill(dropped_E.view(value.shape), -torch.inf) if value.numel() == E else value
+            for name, value in arguments.items()
+        }
+        with _Masked(dropped_E):
+            outputs = torch.func.functional_call(router, masked, (hidden_nD.to(scores.device),), given)
+        index_nk = outputs[-1] if outputs[0].is_floating_point() else outputs[0]
+        index_nk, weight_nk = index_nk.reshape(-1, top_k), outputs[1].reshape(-1, top_k).float()
+        return index_nk.to(hidden_nD.device), weight_nk.to(hidden_nD.device)
+
+    return reroute
+
+
+class _Masked(TorchFunctionMode):
+    """While it lasts, linear maps onto the experts' scores give minus infinity for those that are dropped."""
+
+    def __init__(self, dropped_E: Tensor) -> None:
+        super().__init__()
+        self._dropped_E = dropped_E
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and out.shape[-1] == len(self._dropped_E):
+            return out.masked_fill(self._dropped_E, -torch.inf)
+        return out
 
 
 def canonical(module: nn.Module, values: Mapping[str, Tensor]) -> Experts:
@@ -135,6 +195,8 @@ def _moe_layer(model: PreTrainedModel, index: int, decoder: str, experts: str, m
         getattr(model.config, "num_logical_experts", None) or getattr(model.config, count_field(model.config))
     )
     scores = gate.state_dict()
+    if "expert_map" in scores:  # a consolidated router may have lost rows
+        logical = len(scores["expert_map"])
     if not any(value.ndim == 2 and value.shape[0] == logical for value in scores.values()):
         raise UsageError(f"The router of model type {kind!r} does not have one row for each expert; not supported.")
     if any(not value.is_floating_point() for name, value in scores.items() if name != "expert_map"):

@@ -35,7 +35,9 @@ class Observer:
     rows: Tensor = field(init=False)  # which tokens of the coming batch belong to the sample
     priority_T: Tensor = field(init=False)
     _parts: list[tuple[Tensor, ...]] = field(default_factory=list)
+    _rest: list[Tensor] = field(default_factory=list)
     _logits_TE: Tensor | None = None
+    _routed_nD: Tensor | None = None  # the routed experts' output for the sampled tokens of this batch
 
     def __post_init__(self) -> None:
         sizes = {"E": self.experts, "D": self.width}
@@ -71,8 +73,20 @@ class Observer:
             if item.per == "expert":
                 self._add(name, item, routed.expert, item.function(routed))
 
+    def routed(self, output_TD: Tensor) -> None:
+        """The weighted sum of the routed experts for all tokens of a batch."""
+        self._routed_nD = output_TD[self.rows.to(output_TD.device)]
+
+    def block(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Forward hook of a block that holds more than routed experts: what it adds to them."""
+        assert self._routed_nD is not None
+        whole_nD = output.reshape(-1, output.shape[-1])[self.rows.to(output.device)]
+        rest_nD = whole_nD.float() - self._routed_nD.float()
+        self._rest.append(rest_nD.to(output.dtype).cpu())
+
     def sample(self) -> TokenSample:
-        return TokenSample(*(torch.cat(parts) for parts in zip(*self._parts, strict=True)))
+        parts = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
+        return TokenSample(*parts, torch.cat(self._rest) if self._rest else None)
 
     def _add(self, name: str, item: Statistic, where: Any, value: Tensor) -> None:
         total = self.sums[name]
@@ -83,14 +97,17 @@ class Observer:
 
 
 @contextmanager
-def observed(experts: nn.Module, router: nn.Module, observer: Observer) -> Iterator[None]:
-    """While the context lasts, ``observer`` sees what this layer's router and experts do."""
+def observed(block: nn.Module, experts: nn.Module, router: nn.Module, observer: Observer) -> Iterator[None]:
+    """While the context lasts, ``observer`` sees what this layer's router, experts and the block around them do."""
     experts._conmoe_observer = observer  # type: ignore[assignment]
-    hook = router.register_forward_hook(observer.router)
+    hooks = [router.register_forward_hook(observer.router)]
+    if any(child is not experts and child is not router for child in block.children()):
+        hooks.append(block.register_forward_hook(observer.block))
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         del experts._conmoe_observer
 
 
@@ -102,7 +119,8 @@ def observed_experts(self: Any, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: 
     k = index_Tk.shape[1]
     flat = index_Tk.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=self.down_proj.shape[0]).tolist()
+    stored = self.down_proj.shape[0]
+    counts = torch.bincount(flat, minlength=stored)[:stored].tolist()  # higher indices are slots that run no expert
     gate = weight_Tk.reshape(-1)
     out_TD = torch.zeros_like(hidden_TD)
     start = 0
@@ -117,6 +135,8 @@ def observed_experts(self: Any, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: 
             norm_n = torch.linalg.vector_norm(output_nD, dim=1, dtype=torch.float32)
             observer.expert(Routed(expert, gate_n.float(), output_nD, norm_n))
         out_TD.index_add_(0, token_n, (output_nD * gate_n[:, None]).to(out_TD.dtype))
+    if observer is not None:
+        observer.routed(out_TD)
     return out_TD
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conmoe.checkpoint import disk_name, is_stack, renumbered
-from conmoe.forms import Stored, stored_experts
+from conmoe.forms import Stored, is_condensed, own_part, stored_experts
 from conmoe.moe import MoeLayer, family_layout, logical_rows
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.registry import Form
@@ -34,10 +34,13 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
     outputs: list[Output] = []
     sliced_rows = router_rows(source, plan, form)
     experts = {f"{layer.experts}.": layer for layer in layers.values()}
+    routerless = tuple(f"{layer.router}." for layer in layers.values() if is_condensed(scope_of.get(layer.index)))
     for target, sources in source.layout.sources.items():
         owner = next((layer for prefix, layer in experts.items() if target.startswith(prefix)), None)
         if owner is not None:
             outputs += _expert_outputs(source, owner, target, scope_of.get(owner.index), form)
+        elif target.startswith(routerless):
+            continue
         elif target in sliced_rows:
             outputs.append(_rows(sources[0].entry, *sliced_rows[target]))
         else:
@@ -70,7 +73,7 @@ def _expert_outputs(
         yield from (_copy(piece.entry) for piece in sources)
         return
     stored = stored_experts(layer, scope, form)
-    if not stored.owner:
+    if not stored.owner or not len(stored.prototype_S):
         return
     name = target.removeprefix(f"{layer.experts}.")
     neighbours = {other.index: f"{other.experts}.{name}" for other in source.layers}
@@ -167,22 +170,35 @@ def _rows(entry: Entry, axis: int, rows: Tensor) -> Output:
 
 
 def maps(layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Tensor]:
-    """The map and the gains in the router of one layer, by name; a layer that is not planned maps to itself."""
+    """What a ``shared`` checkpoint holds of one layer beside the tensors of its family, by the parameter's path.
+
+    These are the map and the gains in its router (a layer that is not planned maps to itself), or the static gates in
+    its place, constants and the threshold of skipping.
+    """
     if scope is None:
-        return {"expert_map": torch.arange(layer.logical), "expert_gain": torch.ones(layer.logical)}
-    position = scope.layers.index(layer.index)
-    mine = slice(position * layer.logical, (position + 1) * layer.logical)
-    return {"expert_map": scope.plan.assignment_E[mine], "expert_gain": scope.plan.gain_E[mine].float()}
+        found = {"expert_map": torch.arange(layer.logical), "expert_gain": torch.ones(layer.logical)}
+        return {f"{layer.router}.{name}": value for name, value in found.items()}
+    plan = scope.plan
+    if plan.static_K is not None:
+        return {f"{layer.router}.static_gate": plan.static_K.float()}
+    map_E, gain_E = own_part(scope, layer, plan.assignment_E), own_part(scope, layer, plan.gain_E)
+    found = {"expert_map": map_E[map_E >= 0], "expert_gain": gain_E[map_E >= 0].float()}
+    if plan.skip:
+        found["expert_skip"] = torch.tensor(plan.skip, dtype=torch.float32)
+    named = {f"{layer.router}.{name}": value for name, value in found.items()}
+    if plan.constant_CD is not None:
+        named[f"{layer.experts}.constant_experts"] = plan.constant_CD
+    return named
 
 
-def map_name(source: Source, layer: MoeLayer, name: str, value: Tensor) -> str:
-    """The name on disk of a map or its gains."""
-    return disk_name(source.model, f"{layer.router}.{name}", value)
+def map_name(source: Source, path: str, value: Tensor) -> str:
+    """The name on disk of a tensor of :func:`maps`."""
+    return disk_name(source.model, path, value)
 
 
 def _maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> Iterator[Output]:
-    for name, value in maps(layer, scope).items():
-        disk, kind = map_name(source, layer, name, value), DTYPE_NAMES[value.dtype]
+    for path, value in maps(layer, scope).items():
+        disk, kind = map_name(source, path, value), DTYPE_NAMES[value.dtype]
         yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
 
 

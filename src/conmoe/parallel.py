@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conmoe.types import TokenSample, UsageError
+from conmoe.types import TokenSample, UsageError, sample_tensors
 
 
 def refuse_several(verb: str) -> None:
@@ -66,8 +66,9 @@ class Ranks:
 
     def gather(self, sample: TokenSample) -> list[TokenSample]:
         """The samples of all processes, on the first one; the others get an empty list."""
-        columns = [self.gather_rows(getattr(sample, name)) for name in TokenSample.__dataclass_fields__]
-        return [TokenSample(*tensors) for tensors in zip(*columns, strict=True)]
+        named = sample_tensors(sample)
+        columns = [self.gather_rows(value) for value in named.values()]
+        return [TokenSample(**dict(zip(named, tensors, strict=True))) for tensors in zip(*columns, strict=True)]
 
     def gather_rows(self, rows: Tensor) -> list[Tensor]:
         """A tensor's rows from all processes, on the first one; the others get an empty list."""

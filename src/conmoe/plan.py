@@ -39,7 +39,7 @@ from conmoe.ops.plans import embed, identity
 from conmoe.ops.subsets import join_layers, restrict
 from conmoe.registry import Form, Method, bind_options, get_method
 from conmoe.source import check_compressible, open_source, outline_experts, read_experts
-from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError
+from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError, sample_tensors
 
 Protected = Mapping[int, tuple[int, ...]]
 
@@ -96,7 +96,8 @@ def plan(
         read = read_experts if "weights" in method.needs else outline_experts
         loaded = [_load(read(source, layer), read_layer(statistics, layer.index), request.device) for layer in layers]
         wide_statistics, wide_experts = join_layers([part for part, _ in loaded], [part for _, part in loaded])
-        groups = layers[0].groups if (request.form or method.form_with(options)) == "sliced" else 1
+        cut = "sliced" in (request.form, method.form_with(options))  # router rows are
+        groups = layers[0].groups if cut else 1
         held = _positions(layers, protected)
         layer_plan = plan_layer(method, wide_statistics, wide_experts, keep, held, groups, options)
         return ScopePlan(tuple(layer.index for layer in layers), layer_plan)
@@ -139,13 +140,15 @@ def check_request(
     if request.scope < 1:
         raise UsageError(f"--scope takes a number of neighbouring layers, not {request.scope}.")
     form = request.form or method.form_with(options)
-    if method.form_with(options) == "sliced" != form and experts_kept(keep, first.logical) < first.logical:
+    drops = method.form_with(options) == "sliced" and experts_kept(keep, first.logical) < first.logical
+    if drops and form == "expanded":
         raise UsageError(
-            f"{method.name!r} drops experts, and only the sliced form takes them out of the router; use --form sliced."
+            f"{method.name!r} drops experts, which the expanded form cannot take out of the router; use --form sliced "
+            "or --form shared."
         )
     if request.scope > 1 and form == "sliced":
         raise UsageError("Layers that share a pool of prototypes have no sliced form; use --form shared.")
-    if form == "sliced":
+    if form == "sliced" or drops:
         count = experts_kept(keep, first.logical)
         if count < first.top_k:
             raise UsageError(
@@ -157,7 +160,7 @@ def check_request(
     scopes = [list(layers[start : start + request.scope]) for start in range(0, len(layers), request.scope)]
     budgets = uniform(keep, first.logical, [len(scope) for scope in scopes])
     named = _named(layers, request.protect)
-    groups = first.groups if form == "sliced" else 1
+    groups = first.groups if form == "sliced" or drops else 1
     for scope, budget in zip(scopes, budgets, strict=True):
         check_protected(_positions(scope, named), budget, groups, len(scope) * first.logical)
     return method, options, budgets, scopes
@@ -226,7 +229,7 @@ def _load(experts: Experts, statistics: LayerStatistics, device: str) -> tuple[L
         }
         experts = replace(experts, **moved)
         sample = statistics.sample
-        moved = {name: getattr(sample, name).to(device) for name in type(sample).__dataclass_fields__}
+        moved = {name: value.to(device) for name, value in sample_tensors(sample).items()}
         statistics = replace(statistics, sample=replace(sample, **moved))
     return statistics, experts
 

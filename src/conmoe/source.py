@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from conmoe.checkpoint import Layout, read_layout, read_parameter
-from conmoe.moe import MoeLayer, canonical, moe_layers
+from conmoe.checkpoint import Layout, read_layout, read_module, read_parameter
+from conmoe.moe import MoeLayer, canonical, moe_layers, rerouter
 from conmoe.shards import DTYPES, Entry, read_entries
 from conmoe.types import Experts, UsageError
 
@@ -109,7 +113,20 @@ def read_experts(source: Source, layer: MoeLayer) -> Experts:
         target = f"{layer.experts}.{name}"
         dtype = DTYPES[source.layout.sources[target][0].entry.dtype]
         values[name] = read_parameter(source.layout, source.model, target, dtype)
-    return canonical(module, values)
+    return replace(canonical(module, values), reroute=_read_rerouter(source, layer))
+
+
+def _read_rerouter(source: Source, layer: MoeLayer) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The router of one layer, from disk; it is small beside the experts."""
+    block = source.model.get_submodule(layer.block)
+    router = copy.deepcopy(source.model.get_submodule(layer.router))
+    router.load_state_dict(read_module(source.layout, source.model, f"{layer.router}.", router), assign=True)
+    names = [name for name in inspect.signature(router.forward).parameters if hasattr(block, name)]
+    arguments = {
+        name: read_parameter(source.layout, source.model, f"{layer.block}.{name}", getattr(block, name).dtype)
+        for name in names
+    }
+    return rerouter(router, arguments, layer.top_k)
 
 
 def _meta_model(

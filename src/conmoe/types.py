@@ -46,6 +46,10 @@ class Experts:
     gate_bias_EI: Tensor | None = None
     up_bias_EI: Tensor | None = None
     down_bias_ED: Tensor | None = None
+    #: ``(hidden_nD, kept_K) -> (index_nk, weight_nk)``: what the layer's own router chooses when, of these experts,
+    #: only ``kept_K`` are left to it; indices count these experts, -1 is a slot that went to an expert outside them.
+    #: None where there is no one router to ask.
+    reroute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         E, intermediate, D = self.gate_EID.shape
@@ -90,11 +94,18 @@ class TokenSample:
     weight_nk: Tensor
     logits_nE: Tensor
     priority_n: Tensor
+    rest_nD: Tensor | None = None  # what the layer adds beside its routed experts (shared experts), if anything
 
     def __post_init__(self) -> None:
         n = self.hidden_nD.shape[0]
-        for tensor in (self.index_nk, self.weight_nk, self.logits_nE, self.priority_n):
-            _require(tensor.shape[0] == n, "the tensors of a token sample differ in length")
+        for tensor in (self.index_nk, self.weight_nk, self.logits_nE, self.priority_n, self.rest_nD):
+            _require(tensor is None or tensor.shape[0] == n, "the tensors of a token sample differ in length")
+
+
+def sample_tensors(sample: TokenSample) -> dict[str, Tensor]:
+    """The tensors that a token sample has, by name."""
+    named = {name: getattr(sample, name) for name in TokenSample.__dataclass_fields__}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +129,15 @@ class LayerStatistics:
 class LayerPlan:
     """Which prototype answers for each logical expert, and what each prototype is made of.
 
-    ``assignment_E[e]`` is the prototype of logical expert ``e``, or -1: dropped, the router may not choose it.
+    ``assignment_E[e]`` is the prototype of logical expert ``e``, or -1: dropped, the router may not choose it. Numbers
+    from ``K`` on are rows of ``constant_CD``: the logical expert is answered for by a constant vector (MoNE).
     ``mixing_KE`` holds each prototype's recipe: a one-hot row is a kept expert, copied bit for bit; any other row is a
     weighted sum of source experts. ``weights`` replaces prototype tensors by new ones, under their canonical names
     (``"down_EDI"`` with ``K`` in place of ``E``). ``gain_E`` multiplies the gates of logical experts.
     ``predicted_error`` is the method's own estimate of the layer's relative squared output error, NaN if it has none.
+    ``static_K`` condenses the layer (CD-MoE): it has no router any more, its prototypes answer every token with these
+    gates; every logical expert is dropped, and there may be no prototype at all.
+    ``skip`` is dynamic skipping (NAEE): a chosen expert is skipped where its gate is below ``skip`` times the highest.
     In a scope of ``W`` layers, ``E`` is ``W * E``: all logical experts of the scope, layer by layer.
     """
 
@@ -132,15 +147,26 @@ class LayerPlan:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     predicted_error: float = float("nan")
     scores: Mapping[str, Tensor] = field(default_factory=dict)  # per-expert numbers worth reporting, by name
+    constant_CD: Tensor | None = None
+    static_K: Tensor | None = None
+    skip: float = 0.0
 
     def __post_init__(self) -> None:
         K, E = self.mixing_KE.shape
+        C = 0 if self.constant_CD is None else self.constant_CD.shape[0]
         _require(self.assignment_E.shape == (E,), f"the assignment has {tuple(self.assignment_E.shape)}, not ({E},)")
         _require(self.gain_E.shape == (E,), "one gain belongs to every logical expert")
         _require(self.assignment_E.dtype == torch.int64, "the assignment must be int64")
-        _require(K >= 1, "at least one prototype must be kept")
+        _require(K >= 1 or self.static_K is not None, "at least one prototype must be kept")
         lowest, highest = int(self.assignment_E.min()), int(self.assignment_E.max())
-        _require(lowest >= -1 and highest < K, f"the assignment points outside the {K} prototypes")
+        _require(lowest >= -1 and highest < K + C, f"the assignment points outside the {K} prototypes")
+        if self.static_K is not None:
+            _require(self.static_K.shape == (K,), "one static gate belongs to every prototype")
+            _require(bool(torch.isfinite(self.static_K).all()), "a static gate is not finite")
+            _require(highest == -1, "a condensed layer has no router that could choose an expert")
+        if self.constant_CD is not None:
+            _require(bool(torch.isfinite(self.constant_CD).all()), "a constant is not finite")
+        _require(0.0 <= self.skip < 1.0, "a layer skips experts below a share of the highest gate, from 0 up to 1")
         _require(bool(torch.isfinite(self.mixing_KE).all()), "a prototype's recipe is not finite")
         _require(bool(torch.isfinite(self.gain_E).all()), "a gain is not finite")
         _require(bool((self.mixing_KE != 0).any(dim=1).all()), "a prototype is made of nothing")

@@ -45,7 +45,7 @@ def verify(
     for target, pieces in made.layout.sources.items():
         layer = next((layer for layer in layers.values() if target.startswith(f"{layer.experts}.")), None)
         scope = scopes.get(layer.index) if layer else None
-        if layer is not None and scope is not None:
+        if layer is not None and scope is not None and target in source.layout.sources:
             for piece in pieces:
                 _check_expert(source, layer, scope, form, target, piece.entry, piece.pattern, piece.expert)
                 advance(piece.entry.nbytes)
@@ -106,8 +106,8 @@ def _same_rows(new: Entry, old: Entry, axis: int, rows: Tensor) -> None:
 
 
 def _check_maps(source: Source, made: Source, layer: MoeLayer, scope: ScopePlan | None) -> None:
-    for name, value in maps(layer, scope).items():
-        entry = made.entries[map_name(source, layer, name, value)]
+    for path, value in maps(layer, scope).items():
+        entry = made.entries[map_name(source, path, value)]
         if not torch.equal(read_tensor(entry), value):
             raise ConmoeError(f"{entry.name} in {entry.file} differs from the plan; the result is damaged.")
 

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,10 @@ def tensors(experts: Experts) -> dict[str, Tensor]:
 def select(experts: Experts, index_E: Tensor) -> Experts:
     """The experts ``index_E``, in that order; a run of neighbours is a view, anything else a copy."""
     selected: dict[str, Any] = {name: rows(tensor, index_E) for name, tensor in tensors(experts).items()}
-    return replace(experts, **selected)
+    reroute = (
+        None if experts.reroute is None else partial(_reroute_part, experts.reroute, experts.gate_EID.shape[0], index_E)
+    )
+    return replace(experts, **selected, reroute=reroute)
 
 
 def concatenate(parts: Sequence[Experts]) -> Experts:
@@ -47,7 +51,7 @@ def concatenate(parts: Sequence[Experts]) -> Experts:
     if len(parts) == 1:
         return parts[0]
     joined: dict[str, Any] = {name: torch.cat([tensors(part)[name] for part in parts]) for name in tensors(parts[0])}
-    return replace(parts[0], **joined)
+    return replace(parts[0], **joined, reroute=None)
 
 
 def mix(tensor_E: Tensor, mixing_KE: Tensor, *, rounded: bool = True) -> Tensor:
@@ -82,6 +86,23 @@ def rows(tensor: Tensor, index: Tensor, axis: int = 0) -> Tensor:
     if torch.equal(index, torch.arange(first, first + length, device=index.device)):
         return tensor.narrow(axis, first, length)
     return tensor.index_select(axis, index.to(tensor.device))
+
+
+def _reroute_part(
+    reroute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    E: int,
+    index_E: Tensor,
+    hidden_nD: Tensor,
+    kept_K: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Routing among a part of the experts of a layer: all those outside the part stay, and are -1."""
+    position_E = torch.full((E + 1,), -1, dtype=torch.int64)
+    position_E[index_E] = torch.arange(index_E.numel())
+    outside = torch.ones(E, dtype=torch.bool)
+    outside[index_E] = False
+    kept = torch.cat([outside.nonzero().flatten(), index_E[kept_K.cpu()]]).sort().values
+    index_nk, weight_nk = reroute(hidden_nD, kept)
+    return position_E.to(index_nk.device)[index_nk.long()], weight_nk
 
 
 def _row(tensor: Tensor | None, index: int) -> Tensor | None:

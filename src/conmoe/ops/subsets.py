@@ -93,4 +93,10 @@ def _join_samples(samples: Sequence[TokenSample], sizes: Sequence[int]) -> Token
         torch.cat([sample.weight_nk for sample in samples]),
         torch.cat(logits_nE),
         torch.cat([sample.priority_n for sample in samples]),
+        _join_rest([sample.rest_nD for sample in samples]),
     )
+
+
+def _join_rest(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if len(found) == len(parts) else None

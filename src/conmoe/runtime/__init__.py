@@ -99,11 +99,13 @@ def shared_config(
     prototypes: int,
     logical: int,
     pools: Mapping[int, tuple[int, int]] | None = None,
+    departures: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The config.json of a ``shared`` checkpoint, from that of its source.
 
     ``prototypes`` is the size of the largest pool. ``pools`` maps a decoder layer to the layer that owns its pool and
-    the pool's size; it may be left out where every layer owns a pool of ``prototypes``.
+    the pool's size; it may be left out where every layer owns a pool of ``prototypes``. ``departures`` says what else
+    is particular about a layer, as :mod:`conmoe.runtime.modeling_conmoe` reads it.
     """
     counts = [field for field in COUNT_FIELDS if source.get(field) == logical]
     if not counts:
@@ -118,6 +120,7 @@ def shared_config(
         "auto_map": {auto: f"{module}.{CLASS_PREFIX}{name}" for auto, name in classes.items()},
         "num_logical_experts": logical,
         "expert_pools": None if pools is None else {str(layer): list(pool) for layer, pool in pools.items()},
+        "consolidated_layers": {str(layer): dict(found) for layer, found in departures.items()} if departures else None,
     }
 
 

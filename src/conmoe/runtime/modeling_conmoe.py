@@ -10,6 +10,15 @@
 ``expert_pools`` in the config says where layers share a pool or pools differ in size: it maps a decoder layer to
 ``[owner, size]``, the layer whose tensors hold the pool and the number of prototypes in it.
 
+``consolidated_layers`` says what else a decoder layer departs in:
+
+* ``rows``: its router has so many rows left; the experts of the others were dropped, and the softmax (or whatever the
+  family does) runs over the survivors. ``expert_map`` and ``expert_gain`` have one entry for each row.
+* ``constants``: so many logical experts answer with a constant vector; they are mapped to ``K`` and above.
+* ``static``: the layer is condensed. It has no router: so many experts answer every token, with the gates
+  ``static_gate``.
+* ``skip``: chosen experts are skipped where their gate is below ``expert_skip`` times the highest of their token.
+
 This file is copied next to the weights, so it needs nothing but torch and transformers.
 """
 
@@ -32,6 +41,8 @@ from transformers.conversion_mapping import (
 
 PREFIX = "Conmoe"
 COUNT_FIELDS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+#: The tensors that a consolidated checkpoint has beside those of its family.
+OWN_TENSORS = ("expert_map", "expert_gain", "expert_skip", "static_gate", "constant_experts")
 
 
 def __getattr__(name: str) -> Any:
@@ -78,12 +89,28 @@ class ConsolidatedModel(PreTrainedModel):
 
     def _consolidate(self, logical: int, prototypes: int) -> None:
         pools = getattr(self.config, "expert_pools", None) or {}
+        departures = getattr(self.config, "consolidated_layers", None) or {}
         ties: dict[str, str] = {}
         for name, experts, router in list(routed_experts(self)):
             layer = _decoder_layer(name)
             owner, size = pools.get(str(layer), (layer, prototypes))
+            departure = departures.get(str(layer), {})
+            block = self.get_submodule(name.rpartition(".")[0])
+            if "static" in departure:
+                _condense(block, experts, router, logical, departure["static"])
+                continue
             _resize(experts, logical, size)
-            _remap(router, logical, size)
+            rows = departure.get("rows", logical)
+            if rows != logical:
+                _cut_rows(block, router, logical, rows)
+            _remap(router, rows, size + departure.get("constants", 0))
+            if "constants" in departure:
+                _add_constants(experts, departure["constants"], self.config.hidden_size)
+            if departure.get("skip"):
+                router.register_buffer("expert_skip", torch.zeros((), dtype=torch.float32))
+            if departure.get("skip") or "constants" in departure:
+                # The library then takes an index above the experts for a slot that runs none.
+                experts._is_expert_parallel = True  # type: ignore[assignment]
             if owner != layer:
                 source = name.replace(f"layers.{layer}.", f"layers.{owner}.")
                 ties |= {f"{name}.{tensor}": f"{source}.{tensor}" for tensor, _ in experts.named_parameters()}
@@ -123,13 +150,16 @@ def routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module
 
 def check_maps(model: nn.Module, missing: set[str]) -> None:
     """Refuse a checkpoint whose routers would point to experts that are not there; ``missing`` ones were not loaded."""
-    absent = sorted(key for key in missing if key.endswith((".expert_map", ".expert_gain")))
+    absent = sorted(key for key in missing if key.rpartition(".")[2] in OWN_TENSORS)
     if absent:
         raise ValueError(
             f"The checkpoint lacks {', '.join(absent)}, or has them in a length that is not its expert count."
         )
     for name, experts, router in routed_experts(model):
+        if isinstance(router, StaticRouter):
+            continue
         map_E, size = router.get_buffer("expert_map"), len(next(experts.parameters()))
+        size += len(getattr(experts, "constant_experts", ()))
         if map_E.is_meta:
             continue
         lowest, highest = int(map_E.min()), int(map_E.max())
@@ -141,10 +171,17 @@ def check_maps(model: nn.Module, missing: set[str]) -> None:
 
 
 def _refuse_unfit_engine(config: PretrainedConfig) -> None:
+    if config._attn_implementation != "vllm":
+        return
     pools = getattr(config, "expert_pools", None) or {}
     # vLLM would leave the layers that store no experts of their own uninitialised, without a word.
-    if config._attn_implementation == "vllm" and any(int(layer) != owner for layer, (owner, _) in pools.items()):
+    if any(int(layer) != owner for layer, (owner, _) in pools.items()):
         raise ValueError("vLLM cannot serve layers that share their experts: write the expanded form instead.")
+    if getattr(config, "consolidated_layers", None):
+        raise ValueError(
+            "vLLM cannot serve layers that are condensed, skip experts, answer with constants or lost router rows: "
+            "use Transformers, or a uniform plan in the sliced form."
+        )
 
 
 def _decoder_layer(name: str) -> int:
@@ -165,9 +202,85 @@ def _resize(experts: nn.Module, logical: int, size: int) -> None:
     experts.num_experts = size  # type: ignore[assignment]
 
 
+def _cut_rows(block: nn.Module, router: nn.Module, logical: int, rows: int) -> None:
+    """Leave ``rows`` of the router's logical experts, in every tensor of one row each, wherever the family keeps it."""
+    for holder in (block, *router.modules()):
+        own = [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]
+        for name, tensor in own:
+            axis = next((axis for axis, size in enumerate(tensor.shape) if size == logical), None)
+            if axis is not None:
+                cut = tensor.detach().narrow(axis, 0, rows).clone()
+                setattr(holder, name, nn.Parameter(cut) if isinstance(tensor, nn.Parameter) else cut)
+    for module in router.modules():
+        for field in COUNT_FIELDS:
+            if getattr(module, field, None) == logical:
+                setattr(module, field, rows)
+
+
+def _condense(block: nn.Module, experts: nn.Module, router: nn.Module, logical: int, size: int) -> None:
+    name = next(name for name, child in block.named_children() if child is router)
+    setattr(block, name, StaticRouter(size))
+    if size:
+        _resize(experts, logical, size)
+    else:
+        block.experts = NoExperts()
+
+
+def _add_constants(experts: nn.Module, constants: int, width: int) -> None:
+    experts.constant_experts = nn.Parameter(torch.zeros(constants, width))
+    stock: Any = type(experts)
+    experts.__class__ = _with_constants(stock)
+
+
+@cache
+def _with_constants(stock: Any) -> Any:
+    return type(f"{PREFIX}{stock.__name__}", (ConstantExperts, stock), {"__module__": __name__})
+
+
+class ConstantExperts(nn.Module):
+    """Stock experts, named second, beside experts that are constant vectors: indices from ``num_experts`` on."""
+
+    constant_experts: nn.Parameter
+    num_experts: int
+
+    def forward(self, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+        constant_Tk = index_Tk >= self.num_experts
+        number_Tk = (index_Tk - self.num_experts).clamp(min=0, max=len(self.constant_experts) - 1)
+        gate_TC = weight_Tk.new_zeros(len(index_Tk), len(self.constant_experts))
+        gate_TC = gate_TC.scatter_add(1, number_Tk, weight_Tk.masked_fill(~constant_Tk, 0))
+        # The one index above the experts is the library's own mark for a slot that runs none.
+        silent = index_Tk.clamp(max=self.num_experts), weight_Tk.masked_fill(constant_Tk, 0)
+        out_TD: Tensor = super().forward(hidden_TD, *silent)
+        return out_TD + gate_TC.to(out_TD.dtype) @ self.constant_experts.to(out_TD.dtype)
+
+
+class StaticRouter(nn.Module):
+    """In place of the router of a condensed layer: every expert answers every token, with the same gate."""
+
+    static_gate: Tensor
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.register_buffer("static_gate", torch.zeros(experts, dtype=torch.float32))
+
+    def forward(self, hidden_states: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = hidden_states.numel() // hidden_states.shape[-1]
+        gate_TK = self.static_gate.to(hidden_states.dtype).expand(tokens, -1)
+        index_TK = torch.arange(len(self.static_gate), device=gate_TK.device).expand(tokens, -1)
+        return gate_TK, gate_TK, index_TK
+
+
+class NoExperts(nn.Module):
+    """In place of the experts of a layer that was condensed to none."""
+
+    def forward(self, hidden_TD: Tensor, *args: Any) -> Tensor:
+        return torch.zeros_like(hidden_TD)
+
+
 def _remap(router: nn.Module, logical: int, size: int) -> None:
     router.register_buffer("expert_map", torch.arange(logical) % size)
     router.register_buffer("expert_gain", torch.ones(logical, dtype=torch.float32))
+    router.answers = size  # type: ignore[assignment]
     stock: Any = type(router)
     router.__class__ = _remapping(stock)
 
@@ -183,20 +296,34 @@ class RemappingRouter(nn.Module):
 
     expert_map: Tensor
     expert_gain: Tensor
+    expert_skip: Tensor
+    answers: int  # prototypes and constants; as an index, it is the library's mark for a slot that runs no expert
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         first, weight_Tk, last = super().forward(*args, **kwargs)
         # (logits, weights, indices), except that some families of older releases put the indices first.
         if last.is_floating_point():
-            return self.expert_map[first], self._gated(weight_Tk, first), last
-        return first, self._gated(weight_Tk, last), self.expert_map[last]
+            return *self._answer(first, weight_Tk), last
+        index_Tk, weight_Tk = self._answer(last, weight_Tk)
+        return first, weight_Tk, index_Tk
 
-    def _gated(self, weight_Tk: Tensor, index_Tk: Tensor) -> Tensor:
-        return weight_Tk * self.expert_gain[index_Tk].to(weight_Tk.dtype)
+    def _answer(self, index_Tk: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:
+        mapped_Tk = self.expert_map[index_Tk]
+        if "expert_skip" in self._buffers:
+            mapped_Tk, weight_Tk = self._skipped(mapped_Tk, weight_Tk)
+        return mapped_Tk, weight_Tk * self.expert_gain[index_Tk].to(weight_Tk.dtype)
+
+    def _skipped(self, mapped_Tk: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:
+        skipped_Tk = weight_Tk < self.expert_skip.to(weight_Tk.dtype) * weight_Tk.amax(-1, keepdim=True)
+        left_Tk = weight_Tk.masked_fill(skipped_Tk, 0)
+        # The others take over its share of the token's gates, which is renormalising where the sum was one.
+        left_Tk = left_Tk * (weight_Tk.sum(-1, keepdim=True) / left_Tk.sum(-1, keepdim=True))
+        return mapped_Tk.masked_fill(skipped_Tk, self.answers), left_Tk
 
 
 def _config_class(stock: Any, module: str) -> Any:
-    fields = {"num_logical_experts": "int | None", "expert_pools": "dict | None"}
+    fields = {name: "dict | None" for name in ("expert_pools", "consolidated_layers")}
+    fields["num_logical_experts"] = "int | None"
     body: dict[str, Any] = {
         "__module__": module,
         "__doc__": f"{stock.__name__} of a consolidated model.",
@@ -214,7 +341,12 @@ def _model_class(stock: Any, module: str) -> Any:
         "__module__": module,
         "__doc__": f"{stock.__name__} with fewer stored experts than its routers name.",
         "config_class": config,
-        "_keep_in_fp32_modules_strict": {*(stock._keep_in_fp32_modules_strict or ()), "expert_gain"},
+        "_keep_in_fp32_modules_strict": {
+            *(stock._keep_in_fp32_modules_strict or ()),
+            "expert_gain",
+            "expert_skip",
+            "static_gate",
+        },
         "_auto_class": "AutoModelForCausalLM" if stock.__name__.endswith("ForCausalLM") else "AutoModel",
     }
     model = type(f"{PREFIX}{stock.__name__}", (ConsolidatedModel, stock), body)
