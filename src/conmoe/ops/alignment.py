@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.functional import linear
 
-from conmoe.ops.experts import mixture, tensors
+from conmoe.ops.experts import expert_hidden, mixture, tensors
 from conmoe.types import ConmoeError, Experts
 
 #: Bytes of the largest block of hidden activations.
@@ -70,6 +69,7 @@ def match(affinity_II: Tensor) -> Tensor:
     return torch.from_numpy(np.where(undone_I, unit_I, permutation))
 
 
+@torch.no_grad()
 def weight_affinity(experts: Experts, reference: int, expert: int) -> Tensor:
     """Inner products of the weights of every two hidden units: weight matching (M-SMoE, arXiv 2310.01334).
 
@@ -97,10 +97,11 @@ def activation_affinity(experts: Experts, x_nD: Tensor, reference: int, expert: 
     total_2I, square_2I, shift_2I = (dot_II.new_zeros(2, width) for _ in range(3))
     blocks = x_nD.split(max(1, BLOCK_BYTES // (16 * width))) if x_nD.shape[0] else ()
     for position, x_cD in enumerate(blocks):
-        hidden_2cI = torch.stack([_hidden(experts, e, x_cD.to(device)) for e in (reference, expert)])
+        hidden_2cI = torch.stack([expert_hidden(experts, e, x_cD.to(device)) for e in (reference, expert)])
         if position == 0:  # moments around a value near the mean: those around zero cancel where the mean is large
             shift_2I = hidden_2cI.mean(dim=1, dtype=torch.float64)
-        around_2cI = hidden_2cI - shift_2I.unsqueeze(1).to(hidden_2cI.dtype)
+        precision = torch.promote_types(hidden_2cI.dtype, torch.float32)
+        around_2cI = hidden_2cI.to(precision) - shift_2I.unsqueeze(1).to(precision)
         dot_II += around_2cI[0].T @ around_2cI[1]
         total_2I += around_2cI.sum(dim=1)
         square_2I += around_2cI.square().sum(dim=1)
@@ -137,19 +138,6 @@ def _units(name: str, tensor: Tensor) -> Tensor:
     """``[I, features]``: what belongs to each hidden unit of one expert's tensor, in float32 or better."""
     unit_I = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).movedim(HIDDEN_AXIS[name], 0)
     return unit_I.reshape(unit_I.shape[0], -1)
-
-
-def _hidden(experts: Experts, expert: int, x_nD: Tensor) -> Tensor:
-    """Hidden activations ``[n, I]`` of one expert, in float32 or better."""
-
-    def row(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[expert]
-
-    x_nD = x_nD.to(experts.gate_EID.dtype)
-    gate_nI = linear(x_nD, experts.gate_EID[expert], row(experts.gate_bias_EI))
-    up_nI = linear(x_nD, experts.up_EID[expert], row(experts.up_bias_EI))
-    hidden_nI = experts.activate(gate_nI, up_nI)
-    return hidden_nI.to(torch.promote_types(hidden_nI.dtype, torch.float32))
 
 
 def _correlation(dot_II: Tensor, total_2I: Tensor, square_2I: Tensor, shift_2I: Tensor, n: int) -> Tensor:
