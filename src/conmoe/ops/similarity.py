@@ -38,6 +38,17 @@ def weight_distance(sample: TokenSample, experts: Experts) -> Tensor:
     return torch.stack([_relative_distance(*matrix) for matrix in matrices]).mean(dim=0)
 
 
+def logit_cosine(logit_gram_EE: Tensor) -> Tensor:
+    """``cosine_EE`` of the experts' columns of router logits over all calibration tokens, from the sum of ``z z^T``.
+
+    M-SMoE (arXiv 2310.01334, section 3) and REAM (arXiv 2604.04356). 1 on the diagonal; 0 beside an expert whose
+    logits are all zero, and between experts of different layers, whose logits never meet.
+    """
+    norm_E = logit_gram_EE.double().diagonal().clamp_min(0).sqrt()
+    cosine_EE = logit_gram_EE.double() / torch.outer(norm_E, norm_E).clamp_min(1e-300)
+    return cosine_EE.clamp(-1, 1).fill_diagonal_(1.0)
+
+
 @torch.no_grad()
 def mean_output_distance(sample: TokenSample, experts: Experts) -> Tensor:
     """``||mean E_i(x) - mean E_j(x)||`` over all tokens of the sample, routed there or not (HC-SMoE, arXiv 2410.08589).
