@@ -95,11 +95,12 @@ def test_the_reference_gives_the_order_of_hidden_units():
         torch.testing.assert_close(merged["down_EDI"][0], layer.experts.down_EDI[expert])
 
 
+@pytest.mark.parametrize("reference", ["dominant", "first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_groups_of_one_are_copied_bit_for_bit(dtype: torch.dtype):
+def test_groups_of_one_are_copied_bit_for_bit(dtype: torch.dtype, reference: str):
     layer = observe(random_experts(8))
     layer = replace(layer, experts=random_experts(8, dtype=dtype))
-    plan = run(layer, 6)
+    plan = run(layer, 6, reference=reference)
     single = [row.argmax() for row in plan.mixing_KE if int((row != 0).sum()) == 1]
     assert plan.weights
     assert len(single) >= 4
@@ -161,3 +162,13 @@ def test_a_scope_chooses_by_uses_over_those_of_the_most_used_and_stays_within_la
             recipe_EE = recipes(plan)
             assert not recipe_EE[:4, 4:].any()
             assert not recipe_EE[4:, :4].any()
+
+
+def test_a_layer_of_a_scope_that_nobody_used_keeps_one_expert():
+    layers = [observe(random_experts(4, seed=seed), seed=seed) for seed in (1, 2)]
+    joined, pool = subsets.join_layers([layer.statistics for layer in layers], [layer.experts for layer in layers])
+    count_E = joined.sums["count"].clone()
+    count_E[4:] = 0
+    plan = m_smoe(replace(joined, sums={**joined.sums, "count": count_E}), pool, 3)
+    assert [int(row.argmax()) >= 4 for row in plan.mixing_KE] == [False, False, True]
+    assert plan.assignment_E[4:].tolist() == [2] * 4
