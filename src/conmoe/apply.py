@@ -105,7 +105,7 @@ def applying(
     check_plan(source, plan)
     check_form(source.layers, plan, form)
     outputs, dropped = plan_outputs(source, plan, form)
-    config = _config(source, plan, form, without_mtp=bool(dropped))
+    config = result_config(source, plan, form, without_mtp=bool(dropped))
     total = sum(output.nbytes for output in outputs)
     key = fingerprint([plan_fingerprint(plan), form])
     refuse_overlap(out, model)
@@ -143,7 +143,7 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) -> dict[str, Any]:
+def result_config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) -> dict[str, Any]:
     """The config.json of the result."""
     config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
     if without_mtp:

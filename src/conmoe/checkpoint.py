@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from conmoe.shards import Entry, read_into, read_tensor
+from conmoe.shards import Held, read_into, read_tensor
 from conmoe.types import ConmoeError, UsageError
 
 #: How configurations count the layers that predict further tokens (MTP), whose tensors no decoder of ours reads.
@@ -40,7 +40,7 @@ _ROTARY = re.compile(r"rotary_emb\.inv_freq$")
 class Piece:
     """A tensor on disk as a piece of a parameter: ``pattern`` names its role where the parameter has several."""
 
-    entry: Entry
+    entry: Held
     pattern: str | None
 
     @property
@@ -56,7 +56,7 @@ class Layout:
 
     sources: Mapping[str, tuple[Piece, ...]]  # parameter -> the tensors it is made of, experts in order
     converters: Mapping[str, WeightConverter]  # parameter -> how, where it is not one tensor under another name
-    ignored: tuple[Entry, ...]  # tensors that the model's class declares it does not read (e.g. MTP layers)
+    ignored: tuple[Held, ...]  # tensors that the model's class declares it does not read (e.g. MTP layers)
     tied: Mapping[str, str]  # parameter -> the parameter whose tensor it shares
 
     def parameter_of(self) -> dict[str, str]:
@@ -64,7 +64,7 @@ class Layout:
         return {source.entry.name: target for target, sources in self.sources.items() for source in sources}
 
 
-def read_layout(model: PreTrainedModel, entries: Mapping[str, Entry]) -> Layout:
+def read_layout(model: PreTrainedModel, entries: Mapping[str, Held]) -> Layout:
     """Match every tensor of a checkpoint with a parameter of ``model`` (which may be on the meta device).
 
     Raises:
@@ -129,7 +129,7 @@ def read_parameter(layout: Layout, model: PreTrainedModel, target: str, dtype: t
     return out
 
 
-def split_parameter(layout: Layout, target: str, value: Tensor) -> Iterator[tuple[Entry, Tensor]]:
+def split_parameter(layout: Layout, target: str, value: Tensor) -> Iterator[tuple[Held, Tensor]]:
     """The inverse of :func:`read_parameter`: every tensor on disk that makes up a parameter, and its share of ``value``.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from conmoe.allocate import experts_kept
 from conmoe.forms import check_groups
 from conmoe.moe import MoeLayer, decoder_layers
-from conmoe.shards import Entry
+from conmoe.shards import Entry, Held
 from conmoe.source import Source, open_source
 from conmoe.stream import BATCH_TOKENS
 from conmoe.types import UsageError
@@ -151,5 +151,5 @@ def _flops(dtype: torch.dtype) -> float:
     return 2.0 * _PROBE**3 / fastest
 
 
-def _count(entry: Entry) -> int:
+def _count(entry: Held) -> int:
     return math.prod(entry.shape)

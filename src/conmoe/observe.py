@@ -85,8 +85,9 @@ class Observer:
         self._rest.append(rest_nD.to(output.dtype).cpu())
 
     def sample(self) -> TokenSample:
-        parts = [torch.cat(parts) for parts in zip(*self._parts, strict=True)]
-        return TokenSample(*parts, torch.cat(self._rest) if self._rest else None)
+        hidden, index, weight, logits, priority = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        rest = torch.cat(self._rest) if self._rest else None
+        return TokenSample(hidden, index, weight, logits, priority, rest)
 
     def _add(self, name: str, item: Statistic, where: Any, value: Tensor) -> None:
         total = self.sums[name]

@@ -13,16 +13,7 @@ from conmoe.forms import Stored, is_condensed, own_part, stored_experts
 from conmoe.moe import MoeLayer, family_layout, logical_rows
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.registry import Form
-from conmoe.shards import (
-    DTYPE_NAMES,
-    Entry,
-    Output,
-    bytes_of,
-    raw_chunks,
-    read_tensor,
-    tensor_output,
-    torch_dtype,
-)
+from conmoe.shards import DTYPE_NAMES, Held, Output, bytes_of, raw_chunks, read_tensor, tensor_output, torch_dtype
 from conmoe.source import Source, read_experts
 from conmoe.types import Plan, ScopePlan, UsageError
 
@@ -99,12 +90,12 @@ def _expert_outputs(
         raise UsageError(f"{target} is stored in a layout that conmoe reads but does not write yet.")
 
 
-def _by_expert(source: Source, target: str, pattern: str) -> dict[int, Entry]:
+def _by_expert(source: Source, target: str, pattern: str) -> dict[int, Held]:
     pieces = source.layout.sources[target]
     return {int(piece.expert or 0): piece.entry for piece in pieces if piece.pattern == pattern}
 
 
-def _fused(source: Source, like: Entry, targets: list[str], name: str, stored: Stored, scope: ScopePlan) -> Output:
+def _fused(source: Source, like: Held, targets: list[str], name: str, stored: Stored, scope: ScopePlan) -> Output:
     """One tensor that holds all stored experts, put together row by row."""
     entries = [source.layout.sources[target][0].entry for target in targets]
     E, slots = like.shape[0], len(stored.prototype_S)
@@ -123,7 +114,7 @@ def _fused(source: Source, like: Entry, targets: list[str], name: str, stored: S
 
 
 def _computed_part(
-    source: Source, like: Entry, scope: ScopePlan, stored: Stored, slot: int, name: str, part: int, parts: int
+    source: Source, like: Held, scope: ScopePlan, stored: Stored, slot: int, name: str, part: int, parts: int
 ) -> Tensor:
     """One prototype's share of a tensor on disk, scaled if it is a down projection, and only then rounded."""
     scale, scaled = float(stored.scale_S[slot]), bool((stored.scale_S != 1).any())
@@ -164,7 +155,7 @@ def forget_prototypes() -> None:
     _prototypes.cache_clear()
 
 
-def _rows(entry: Entry, axis: int, rows: Tensor) -> Output:
+def _rows(entry: Held, axis: int, rows: Tensor) -> Output:
     shape = (*entry.shape[:axis], len(rows), *entry.shape[axis + 1 :])
     return tensor_output(entry.name, entry.dtype, shape, lambda: read_tensor(entry).index_select(axis, rows))
 
@@ -202,5 +193,5 @@ def _maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> Iterator[
         yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
 
 
-def _copy(entry: Entry) -> Output:
+def _copy(entry: Held) -> Output:
     return Output(entry.name, entry.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))

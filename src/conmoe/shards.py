@@ -64,6 +64,15 @@ class Output:
     nbytes: int
     chunks: Callable[[], Iterable[bytes | memoryview]]
 
+    @property
+    def file(self) -> Path:
+        """Where an error would say that it is."""
+        return Path("(not written)")
+
+
+#: A tensor of a checkpoint, written or not.
+Held = Entry | Output
+
 
 def read_entries(folder: Path) -> dict[str, Entry]:
     """All tensors of the checkpoint in ``folder``, from its headers alone.
@@ -83,15 +92,18 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def read_tensor(entry: Entry) -> Tensor:
+def read_tensor(entry: Held) -> Tensor:
     """The tensor of ``entry``, in its dtype on disk."""
     tensor = torch.empty(entry.shape, dtype=torch_dtype(entry))
     read_into(entry, tensor)
     return tensor
 
 
-def read_into(entry: Entry, out: Tensor) -> None:
-    """Read ``entry`` into the contiguous tensor ``out``, casting where their dtypes differ."""
+def read_into(entry: Held, out: Tensor) -> None:
+    """Read ``entry`` into the contiguous tensor ``out``, casting where their dtypes differ.
+
+    An output that is not written is made on the spot: what a checkpoint would hold can be read like one.
+    """
     if tuple(out.shape) != entry.shape:
         raise ConmoeError(
             f"Tensor {entry.name} in {entry.file} has shape {list(entry.shape)}, but the configuration of the model "
@@ -99,6 +111,11 @@ def read_into(entry: Entry, out: Tensor) -> None:
         )
     if out.dtype != torch_dtype(entry) or not out.is_contiguous():
         out.copy_(read_tensor(entry))
+    elif isinstance(entry, Output):
+        position, memory = 0, bytes_of(out)
+        for chunk in entry.chunks():
+            memory[position : position + len(chunk)] = chunk
+            position += len(chunk)
     elif entry.nbytes:
         _pread(entry.file, entry.start, bytes_of(out))
 
@@ -108,9 +125,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def raw_chunks(entry: Entry, start: int = 0, nbytes: int | None = None) -> Iterator[memoryview]:
+def raw_chunks(entry: Held, start: int = 0, nbytes: int | None = None) -> Iterator[memoryview]:
     """The bytes ``start .. start + nbytes`` of a tensor's data, a few megabytes at a time."""
     end = entry.nbytes if nbytes is None else start + nbytes
+    if isinstance(entry, Output):
+        yield bytes_of(read_tensor(entry).contiguous())[start:end]
+        return
     buffer = bytearray(min(_CHUNK, max(end - start, 0)))
     while start < end:
         view = memoryview(buffer)[: min(len(buffer), end - start)]
@@ -119,7 +139,7 @@ def raw_chunks(entry: Entry, start: int = 0, nbytes: int | None = None) -> Itera
         start += len(view)
 
 
-def torch_dtype(entry: Entry) -> torch.dtype:
+def torch_dtype(entry: Held) -> torch.dtype:
     try:
         return DTYPES[entry.dtype]
     except KeyError:

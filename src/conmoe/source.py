@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from conmoe.checkpoint import Layout, read_layout, read_module, read_parameter
 from conmoe.moe import MoeLayer, canonical, moe_layers, rerouter
-from conmoe.shards import DTYPES, Entry, read_entries
+from conmoe.shards import DTYPES, Held, read_entries
 from conmoe.types import Experts, UsageError
 
 
@@ -26,7 +26,7 @@ class Source:
     folder: Path
     config: PretrainedConfig
     model: PreTrainedModel
-    entries: dict[str, Entry]
+    entries: Mapping[str, Held]
     layout: Layout
     layers: tuple[MoeLayer, ...]
 
@@ -66,7 +66,7 @@ def open_source(
     dtype: torch.dtype | None = None,
     experts_implementation: str | None = None,
     trust_remote_code: bool = False,
-    entries: dict[str, Entry] | None = None,
+    entries: Mapping[str, Held] | None = None,
 ) -> Source:
     """Open a checkpoint by its headers alone and check that every tensor has its place.
 
@@ -155,7 +155,7 @@ def _meta_model(
     return model
 
 
-def _dtype_on_disk(config: PretrainedConfig, entries: dict[str, Entry]) -> torch.dtype:
+def _dtype_on_disk(config: PretrainedConfig, entries: Mapping[str, Held]) -> torch.dtype:
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -13,7 +13,7 @@ from conmoe.forms import stored_experts
 from conmoe.moe import MoeLayer
 from conmoe.outputs import map_name, maps, router_rows
 from conmoe.registry import Form
-from conmoe.shards import Entry, raw_chunks, read_tensor
+from conmoe.shards import Held, raw_chunks, read_tensor
 from conmoe.source import Source, open_source
 from conmoe.stream import open_stream
 from conmoe.types import ConmoeError, Plan, ScopePlan
@@ -70,7 +70,7 @@ def _check_expert(
     scope: ScopePlan,
     form: Form,
     target: str,
-    entry: Entry,
+    entry: Held,
     pattern: str | None,
     expert: int | None,
 ) -> None:
@@ -93,14 +93,14 @@ def _check_expert(
             _same(entry, old)
 
 
-def _same(new: Entry, old: Entry, new_start: int = 0, old_start: int = 0, nbytes: int | None = None) -> None:
+def _same(new: Held, old: Held, new_start: int = 0, old_start: int = 0, nbytes: int | None = None) -> None:
     length = new.nbytes if nbytes is None else nbytes
     pairs = zip(raw_chunks(new, new_start, length), raw_chunks(old, old_start, length), strict=True)
     if new.dtype != old.dtype or (nbytes is None and new.nbytes != old.nbytes) or any(a != b for a, b in pairs):
         raise ConmoeError(f"{new.name} in {new.file} differs from the source's {old.name}; the result is damaged.")
 
 
-def _same_rows(new: Entry, old: Entry, axis: int, rows: Tensor) -> None:
+def _same_rows(new: Held, old: Held, axis: int, rows: Tensor) -> None:
     if new.dtype != old.dtype or not torch.equal(read_tensor(new), read_tensor(old).index_select(axis, rows)):
         raise ConmoeError(f"{new.name} in {new.file} differs from the source's {old.name}; the result is damaged.")
 

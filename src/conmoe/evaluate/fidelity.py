@@ -8,8 +8,8 @@ Numbers are means over tokens; their standard errors are over sequences, the ind
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,21 +82,42 @@ def evaluate(
         trust_remote_code: run modelling code that comes with a checkpoint.
         advance: called with the number of tokens that passed one more layer of either model.
     """
-    ranks = Ranks.join()
     sources = [
         open_source(folder, dtype=dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code)
         for folder in (model, against)
         if folder is not None
     ]
     check_vocabularies(sources, data)
-    mine = ranks.share(data.ids_NS.shape[0])
-    ids_NS = data.ids_NS[mine.start : mine.stop]
     with ExitStack() as stack:
-        streams = [stack.enter_context(open_stream(source, ids_NS, device=device)) for source in sources]
-        for stream in streams:
-            stream.run(advance=advance)
-        rows = ranks.gather_rows(_score(streams, ids_NS))
-    return _summary(torch.cat(rows) if rows else torch.zeros(0, 4), data, sources)
+        passed = stack.enter_context(run_through(sources[1], data, device, advance)) if against else None
+        return measure(sources[0], data, passed, device=device, advance=advance)
+
+
+@contextmanager
+def run_through(
+    source: Source, data: TokenData, device: str, advance: Callable[[int], None] = lambda tokens: None
+) -> Iterator[Stream]:
+    """This process's share of ``data``, run through all layers of ``source``: what several models are compared with."""
+    mine = Ranks.join().share(data.ids_NS.shape[0])
+    with open_stream(source, data.ids_NS[mine.start : mine.stop], device=device) as stream:
+        stream.run(advance=advance)
+        yield stream
+
+
+def measure(
+    model: Source,
+    data: TokenData,
+    against: Stream | None,
+    *,
+    device: str = "cpu",
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Fidelity:
+    """Like :func:`evaluate`, of an opened model, and against a source that the text has already run through."""
+    ranks = Ranks.join()
+    with run_through(model, data, device, advance) as stream:
+        streams = [stream] if against is None else [stream, against]
+        rows = ranks.gather_rows(_score(streams, stream.ids_NS))
+    return _summary(torch.cat(rows) if rows else torch.zeros(0, 4), data, [each.source for each in streams])
 
 
 def check_vocabularies(sources: list[Source], data: TokenData) -> None:
