@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pkgutil import iter_modules
@@ -219,6 +220,15 @@ def test_debug_may_stand_anywhere_and_shows_where_it_went_wrong(run, checkpoint,
     assert run("inspect", "--debug", checkpoint("olmoe")).code == 0
     with pytest.raises(conmoe.UsageError, match="does not exist"):
         conmoe.cli.main(["inspect", str(tmp_path / "none"), "--debug"])
+
+
+def test_an_interrupted_verb_says_how_to_go_on(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(conmoe, "inspect", lambda *given, **options: signal.raise_signal(signal.SIGINT))
+    done = run("inspect", checkpoint("olmoe"))
+    assert done.code == 130
+    assert done.err.strip() == (
+        "Error: Interrupted; what was finished is kept, and the same command goes on from there."
+    )
 
 
 def test_the_seed_of_a_sampled_text_is_an_argument(run, checkpoint):

@@ -1,10 +1,9 @@
 """The public functions and types, which are those of the package itself, and what Transformers is taught."""
 
-from conmoe import __version__
-
 # A package that is imported later would take the place of a function of its name.
-from conmoe import methods as _methods  # noqa: F401
-from conmoe import statistics as _statistics  # noqa: F401
+import conmoe.methods
+import conmoe.statistics  # noqa: F401
+from conmoe import __version__
 from conmoe.apply import Applied, apply
 from conmoe.artifacts import read_manifest, read_plan, write_json
 from conmoe.calibrate import Calibration, calibrate, merge_statistics

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from conmoe.cli import console
 from conmoe.cli.app import app, debugging
 
+INTERRUPTED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every expected failure is one sentence and an exit code."""
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app([word for word in given if word != "--debug"], prog_name="conmoe", standalone_mode=False)
     except KeyboardInterrupt:
-        code = _fail("Interrupted; what was finished is kept, and the same command goes on from there.", 130)
+        code = INTERRUPTED
     except Exception as error:
         shown = getattr(error, "format_message", None)  # what the parser raises knows how to say it
         if shown is not None:
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         else:
             code = _fail(*_explained(error))
+    if code == INTERRUPTED:  # the parser catches Ctrl-C inside a verb, and returns this without a word
+        _fail("Interrupted; what was finished is kept, and the same command goes on from there.", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
