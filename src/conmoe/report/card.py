@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,34 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
     lines += [
         "",
         "Not tested by the tool: tasks, generation quality, safety, languages outside the calibration text.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def tuning_section(record: Mapping[str, Any]) -> str:
+    """What the card says of a tuning, from its record (:mod:`conmoe.tune`); it follows the card of the checkpoint."""
+    options, data = record["options"], record["data"]
+    what = {"experts": "experts of the layers that the plan changed", "router": "routers"}[record["mode"]]
+    towards = {"experts": "language modelling", "router": "KL(source \\|\\| model)"}[record["mode"]]
+    rows = [
+        ("tuned", f"{record['parameters']:,} parameters: the {what}"),
+        ("towards", towards),
+        ("text", f"{data['sequences']:,} sequences of {data['seq_len']:,} tokens: {'; '.join(data['sources'])}"),
+        ("steps", f"{record['steps']:,} of {options['batch']} sequences, learning rate {options['learning_rate']:g}"),
+        ("seed", options["seed"]),
+        ("fingerprint before tuning", f"`{record['model']}`"),
+    ]
+    for title, fidelity in (("before", record["before"]), ("after", record["after"])):
+        if fidelity:
+            numbers = [f"loss {fidelity['loss']['value']:.4f}"]
+            numbers += [f"KL from the source {fidelity['kl']['value']:.4f}"] if fidelity["kl"] else []
+            rows.append((f"held-out text, {title}", f"{', '.join(numbers)} ({fidelity['tokens']:,} tokens)"))
+    lines = ["", "## Tuned after compression", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    lines += [
+        "",
+        "Every tensor that was not tuned is that of the compressed checkpoint. More in `conmoe/tuning.json`.",
         "",
     ]
     return "\n".join(lines)
