@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -122,3 +123,90 @@ def test_aimer_drops_an_expert_of_zeros_first():
     plan = aimer(observe(experts).statistics, experts, 3)
     assert kept_by(plan) == [0, 2, 3]
     assert plan.scores["mean_over_rms"][1] == 1.0
+
+
+# DERN ----------------------------------------------------------------------------------------------------------------
+
+
+def relatives(order_EI: list[list[int]], noise: float) -> Layer:
+    """Experts that hold the units of expert 0 in another order, each unit with noise of its own."""
+    base, own = random_experts(1, D=24, width=6), random_experts(len(order_EI), D=24, width=6, seed=1)
+    pick = torch.tensor(order_EI)
+    related = {
+        "gate_EID": base.gate_EID[0][pick] + noise * own.gate_EID,
+        "up_EID": base.up_EID[0][pick] + noise * own.up_EID,
+        "down_EDI": base.down_EDI[0].T[pick].mT + noise * own.down_EDI,
+    }
+    return observe(replace(own, **related))
+
+
+def units_of(tensors: Mapping[str, torch.Tensor], expert: int) -> torch.Tensor:
+    gate_ID, up_ID, down_DI = (tensors[name][expert] for name in ("gate_EID", "up_EID", "down_EDI"))
+    return torch.cat([gate_ID, up_ID, down_DI.T], dim=1).double()
+
+
+def test_dern_merges_the_units_of_dropped_experts_into_the_most_similar_kept_ones():
+    layer = relatives([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 3, 4, 5, 0, 1], [1, 0, 3, 2, 5, 4]], noise=0.3)
+    source = {name: getattr(layer.experts, name) for name in ("gate_EID", "up_EID", "down_EDI")}
+    gate_E = scores_of(layer, False, 1, 0)
+    kept = highest(gate_E, 2)
+    threshold = 0.9
+    plan = run("dern", layer, 2, threshold=threshold, iterations=0)
+    assert [e for e in range(4) if plan.assignment_E[e] >= 0] == kept
+
+    members: dict[tuple[int, int], list[tuple[float, torch.Tensor, int]]] = {
+        (e, row): [(gate_E[e], units_of(source, e)[row], e)] for e in kept for row in range(6)
+    }
+    moved = [0] * 4
+    for dropped in set(range(4)) - set(kept):
+        for vector in units_of(source, dropped):
+            cosines = {
+                place: float(torch.cosine_similarity(vector, units_of(source, place[0])[place[1]], dim=0))
+                for place in members
+            }
+            place = max(cosines, key=lambda place: cosines[place])
+            if cosines[place] > threshold:
+                members[place].append((gate_E[dropped], vector, dropped))
+                moved[dropped] += 1
+    assert 0 < sum(moved) < 12
+    assert plan.scores["moved"].tolist() == pytest.approx([count / 6 for count in moved])
+    recipe_EE = torch.zeros(4, 4).double()
+    for (e, row), parts in members.items():
+        total = sum(weight for weight, _, _ in parts)
+        mean_F = sum(weight * vector for weight, vector, _ in parts) / total
+        torch.testing.assert_close(units_of(plan.weights, int(plan.assignment_E[e]))[row], mean_F, rtol=1e-5, atol=1e-6)
+        for weight, _, origin in parts:
+            recipe_EE[e, origin] += weight / total / 6
+    torch.testing.assert_close(plan.mixing_KE[plan.assignment_E[kept]], recipe_EE[kept], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dern_leaves_an_expert_as_it_is_when_it_absorbs_itself(bias: bool):
+    experts = random_experts(1, bias=bias)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    twins = {"gate_EID": experts.gate_EID[0][order], "up_EID": experts.up_EID[0][order]}
+    twins["down_EDI"] = experts.down_EDI[0][:, order]
+    if experts.gate_bias_EI is not None and experts.up_bias_EI is not None and experts.down_bias_ED is not None:
+        twins |= {"gate_bias_EI": experts.gate_bias_EI[0][order], "up_bias_EI": experts.up_bias_EI[0][order]}
+        twins["down_bias_ED"] = experts.down_bias_ED[0]
+    pair = replace(experts, **{name: torch.stack([getattr(experts, name)[0], twin]) for name, twin in twins.items()})
+    plan = run("dern", observe(pair, k=1), 1)
+    assert plan.scores["moved"].max() == 1.0
+    kept = int((plan.assignment_E >= 0).nonzero())
+    for name, tensor in plan.weights.items():
+        torch.testing.assert_close(tensor[0], getattr(pair, name)[kept])
+
+
+def test_dern_is_pruning_where_no_unit_is_alike():
+    layer = observe(random_experts(6, D=64))
+    plan, pruned = run("dern", layer, 3), run("seer", layer, 3)
+    assert torch.equal(plan.assignment_E, pruned.assignment_E)
+    assert torch.equal(plan.mixing_KE, pruned.mixing_KE)
+    assert not plan.weights
+    assert plan.scores["moved"].tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"threshold": 1.1}, {"iterations": -1}])
+def test_dern_refuses_what_is_no_cosine(options: dict):
+    with pytest.raises(UsageError, match="cosine above 0"):
+        run("dern", observe(random_experts(4)), 2, **options)
