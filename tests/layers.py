@@ -124,7 +124,12 @@ def layer_output(layer: Layer, plan: LayerPlan | None = None) -> Tensor:
     slots = zip(layer.x_TD, layer.routing.index_Tk, layer.routing.weight_Tk, strict=True)
     for token, (x_D, chosen, gates) in enumerate(slots):
         for expert, gate in zip(chosen.tolist(), gates.tolist(), strict=True):
-            if answer_E[expert] >= 0:
+            prototypes_held = answers.gate_EID.shape[0]
+            if answer_E[expert] >= prototypes_held:
+                assert plan is not None
+                assert plan.constant_CD is not None
+                y_TD[token] += gate * plan.constant_CD[answer_E[expert] - prototypes_held].double()
+            elif answer_E[expert] >= 0:
                 x_D = x_D.to(answers.gate_EID.dtype)
                 y_TD[token] += gain_E[expert] * gate * answer(answers, answer_E[expert], x_D).double()
     return y_TD.to(layer.x_TD.dtype)
@@ -154,5 +159,7 @@ def sources(plan: LayerPlan) -> list[int]:
 
 
 def recipes(plan: LayerPlan) -> Tensor:
-    """``[E, E]``: what each logical expert is now made of; all zero where it was dropped."""
-    return plan.mixing_KE.double()[plan.assignment_E] * (plan.assignment_E >= 0).unsqueeze(1)
+    """``[E, E]``: what each logical expert is now made of; all zero where it was dropped or is a constant."""
+    K = plan.mixing_KE.shape[0]
+    made = (plan.assignment_E >= 0) & (plan.assignment_E < K)
+    return plan.mixing_KE.double()[plan.assignment_E.clamp(0, K - 1)] * made.unsqueeze(1)

@@ -33,7 +33,8 @@ def test_plan_is_valid_and_deterministic(method: Method, keep: int, bias: bool):
     assert plan.mixing_KE.shape == (keep, 8)
     assert torch.equal(plan.assignment_E, again.assignment_E)
     assert torch.equal(plan.mixing_KE, again.mixing_KE)
-    assert set(plan.assignment_E.tolist()) - {plans.DROPPED} == set(range(keep)), "a prototype that nobody uses"
+    answers = keep + (0 if plan.constant_CD is None else len(plan.constant_CD))
+    assert set(plan.assignment_E.tolist()) - {plans.DROPPED} == set(range(answers)), "a prototype that nobody uses"
     assert all(score.shape == (8,) and torch.isfinite(score).all() for score in plan.scores.values())
 
 
@@ -67,7 +68,11 @@ def test_relabelling_experts_relabels_the_plan(method: Method, seed: int):
     for now_expert, expert in enumerate(order.tolist()):
         here, there = int(again.assignment_E[now_expert]), int(plan.assignment_E[expert])
         assert (here < 0) == (there < 0)
-        if here >= 0:
+        if here >= len(now.gate_EID):
+            assert again.constant_CD is not None
+            assert plan.constant_CD is not None
+            assert torch.equal(again.constant_CD[here - 4], plan.constant_CD[there - 4])
+        elif here >= 0:
             for name, tensor in expert_ops.tensors(now).items():
                 expected = getattr(before, name)[there]
                 torch.testing.assert_close(tensor[here], expected, rtol=1e-4, atol=1e-5)

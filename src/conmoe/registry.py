@@ -92,12 +92,12 @@ class _Registry(Generic[Item]):
 
     def all(self) -> Mapping[str, Item]:
         if not self._loaded:
-            self._loaded = True
             package = import_module(self._package)
             for module in sorted(iter_modules(package.__path__), key=lambda module: module.name):
                 import_module(f"{self._package}.{module.name}")
             for entry in sorted(entry_points(group=self._package), key=lambda entry: entry.name):
                 entry.load()
+            self._loaded = True
         return {name: self._items[name] for name in sorted(self._items)}
 
     def get(self, name: str) -> Item:

@@ -66,10 +66,12 @@ def embed(
         raise ConmoeError(f"The parts of a layer do not name each of its {E} experts exactly once; this is a bug.")
     assignment_E, gain_E = torch.empty(E, dtype=torch.int64), torch.empty(E, dtype=torch.float64)
     mixing_KE = torch.zeros(sum(plan.mixing_KE.shape[0] for plan in plans), E, dtype=torch.float64)
-    first = 0
+    first, constants = 0, mixing_KE.shape[0]
     for plan, subset in zip(plans, subsets, strict=True):
-        last = first + plan.mixing_KE.shape[0]
-        assignment_E[subset] = torch.where(plan.assignment_E < 0, DROPPED, plan.assignment_E + first)
+        K, last = plan.mixing_KE.shape[0], first + plan.mixing_KE.shape[0]
+        place_E = torch.where(plan.assignment_E < K, plan.assignment_E + first, plan.assignment_E - K + constants)
+        assignment_E[subset] = torch.where(plan.assignment_E < 0, DROPPED, place_E)
+        constants += 0 if plan.constant_CD is None else plan.constant_CD.shape[0]
         gain_E[subset] = plan.gain_E.double()
         mixing_KE[first:last, subset] = plan.mixing_KE.double()
         first = last
@@ -80,14 +82,19 @@ def embed(
         _join_weights(plans, subsets, experts),
         _join_errors(plans, subsets, energy_E),
         _join_scores(plans, subsets, E),
+        torch.cat(constant) if (constant := [p.constant_CD for p in plans if p.constant_CD is not None]) else None,
+        skip=max(plan.skip for plan in plans),
     )
     return _ordered(joined)
 
 
 def _ordered(plan: LayerPlan) -> LayerPlan:
     order_K = (plan.mixing_KE != 0).to(torch.int8).argmax(dim=1).argsort(stable=True)
-    rank_K = order_K.argsort()
-    assignment_E = torch.where(plan.assignment_E < 0, DROPPED, rank_K[plan.assignment_E.clamp_min(0)])
+    K, rank_K = order_K.numel(), order_K.argsort()
+    if K == 0:
+        return plan
+    ranked_E = rank_K[plan.assignment_E.clamp(0, K - 1)]
+    assignment_E = torch.where((plan.assignment_E >= 0) & (plan.assignment_E < K), ranked_E, plan.assignment_E)
     weights = {name: tensor[order_K.to(tensor.device)] for name, tensor in plan.weights.items()}
     return replace(plan, assignment_E=assignment_E, mixing_KE=plan.mixing_KE[order_K], weights=weights)
 
