@@ -53,7 +53,7 @@ from conmoe.moe import decoder_layers, is_condensed_block, logical_rows
 from conmoe.ops.plans import identity
 from conmoe.parallel import refuse_several
 from conmoe.report.card import tuning_section
-from conmoe.shards import DTYPES, INDEX, Entry, Output, raw_chunks, tensor_output, write_shards
+from conmoe.shards import DTYPES, INDEX, Held, Output, raw_chunks, tensor_output, write_shards
 from conmoe.source import Source, open_source
 from conmoe.types import ConmoeError, LayerPlan, Plan, UsageError
 
@@ -195,8 +195,8 @@ def check(model: Path, out: Path, options: Tuning, *, against: Path | None = Non
 def tuned_parameters(source: Source, plan: Plan, mode: Mode) -> list[str]:
     """The parameters that a mode may change.
 
-    ``experts``: the routed experts of the layers that the plan changed; where such a layer is condensed, all its
-    always-on experts, the shared ones among them. ``router``: the routers of all layers, their biases too.
+    ``experts``: the routed experts of the layers that the plan changed; where such a layer is condensed, its whole
+    block, which is always-on experts, shared ones among them. ``router``: the routers of all layers, their biases too.
 
     Raises:
         UsageError: there are none.
@@ -414,7 +414,7 @@ def _outputs(source: Source, weights: Mapping[str, Tensor]) -> Iterator[Output]:
             yield Output(name, entry.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
 
 
-def _rounded(entry: Entry, share: Tensor) -> Tensor:
+def _rounded(entry: Held, share: Tensor) -> Tensor:
     value = share.to(DTYPES[entry.dtype])
     if not bool(torch.isfinite(value).all()):
         raise ConmoeError(f"{entry.name} came out of tuning with numbers that are not finite; lower the learning rate.")
