@@ -155,3 +155,11 @@ def test_overflowing_activations_are_an_error():
     h_nI[0, 0] = torch.inf
     with pytest.raises(ConmoeError, match="overflow"):
         least_squares.solve(sums(h_nI, y_nD), 1e-3, prior_DI)
+
+
+def test_effective_tokens():
+    assert least_squares.effective_tokens(torch.full((7,), 0.3)) == pytest.approx(7)
+    assert least_squares.effective_tokens(torch.tensor([1.0, 0.0, 0.0])) == 1
+    assert least_squares.effective_tokens(torch.tensor([3.0, 1.0])) == pytest.approx(1.6)
+    assert least_squares.effective_tokens(torch.zeros(4)) == 0
+    assert least_squares.effective_tokens(torch.zeros(0)) == 0

@@ -61,7 +61,7 @@ def solve(
 ) -> tuple[Tensor, Tensor | None]:
     """``W = (cross + lam W0) (inner + lam)^-1`` by Cholesky in float64, and the intercept, None without one.
 
-    ``lam`` is ``ridge`` times the mean of the diagonal of ``inner``; for the constant regressor, with a scale of its own,
+    ``lam`` is ``ridge`` times the mean of the diagonal of ``inner``; for the constant regressor, whose scale differs,
     ``ridge`` times its own diagonal element. ``ridge=0`` is the least-squares solution of minimal norm, by the
     pseudo-inverse: the prior has no say. Without any tokens of weight, ``W`` is the prior.
 
@@ -84,6 +84,12 @@ def solve(
         lam_I = ridge * _scale(diagonal_I, gram.intercept)
         solution = prior + _divide(gram.cross_DI - prior @ inner_II, inner_II + lam_I.diag())
     return (solution[:, :-1], solution[:, -1]) if gram.intercept else (solution, None)
+
+
+def effective_tokens(weight_n: Tensor) -> float:
+    """``(sum w)^2 / sum w^2``: how many tokens of equal weight would know as much (Kish); 0 without any."""
+    weight_n = weight_n.double()
+    return float(weight_n.sum().square() / weight_n.square().sum()) if bool((weight_n > 0).any()) else 0.0
 
 
 def squared_error(gram: Gram, weight_DI: Tensor, bias_D: Tensor | None = None) -> float:
