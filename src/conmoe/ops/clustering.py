@@ -24,6 +24,9 @@ Array = NDArray[np.float64]
 
 #: A move must lower the scatter by this share, so that rounding cannot make it cycle.
 IMPROVEMENT = 1e-12
+#: How much farther apart than any two experts of one layer those of two layers are held, so that they never merge: ward
+#: linkage reaches ``sqrt(E)`` times the largest distance.
+FARTHER = 1e4
 
 
 def agglomerate(distance_EE: Tensor, keep: int, linkage: Linkage = "average") -> Tensor:
@@ -40,6 +43,28 @@ def agglomerate(distance_EE: Tensor, keep: int, linkage: Linkage = "average") ->
         for step, (one, other) in enumerate(tree[: E - keep, :2].astype(np.int64)):
             label_E[(label_E == one) | (label_E == other)] = E + step
     return canonical(torch.from_numpy(label_E))
+
+
+def agglomerate_within(distance_EE: Tensor, keep: int, owner_E: Tensor, linkage: Linkage = "average") -> Tensor:
+    """:func:`agglomerate` the layers of a scope at once: the nearest two clusters of any one layer merge.
+
+    Outputs and weights grow with depth, so each layer's distances are taken over their mean. A cluster never holds
+    experts of two layers.
+    """
+    owner_E = owner_E.cpu()
+    layers = owner_E.unique().tolist()
+    if len(layers) == 1:
+        return agglomerate(distance_EE, keep, linkage)
+    check_min_own(owner_E, keep, 1)
+    relative_EE = torch.zeros(distance_EE.shape, dtype=torch.float64)
+    for layer in layers:
+        own = (owner_E == layer).nonzero().flatten()
+        own_EE = distance_EE.cpu().double()[own][:, own]
+        mean = own_EE.sum() / max(own.numel() * (own.numel() - 1), 1)
+        relative_EE[own.unsqueeze(1), own] = own_EE / mean.clamp_min(1e-300)
+    # farther than any linkage can come to be within a layer
+    beyond = FARTHER * (float(relative_EE.max()) + 1)
+    return agglomerate(relative_EE.masked_fill(owner_E != owner_E.unsqueeze(1), beyond), keep, linkage)
 
 
 def kmeans(gram_EE: Tensor, keep: int, weight_E: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from conmoe.ops.experts import expert_output
 from conmoe.types import Experts, TokenSample
@@ -19,6 +20,8 @@ from conmoe.types import Experts, TokenSample
 BLOCK_BYTES = 128 * 2**20
 #: Pairs closer than this share of their norms are compared again by subtraction: dot products cancel there.
 CLOSE = 1e-2
+#: A norm below this is zero.
+TINY = 1e-30
 #: How many tokens stand in for those an expert never got.
 STAND_INS = 32
 
@@ -30,25 +33,18 @@ def weight_distance(sample: TokenSample, experts: Experts) -> Tensor:
     The rule of an independent implementation of ConMoE; needs no sample. A bias counts as one more column of its
     matrix. Blind to a permutation of hidden units. Cost: ``3 E^2 D I`` multiplications, in float32.
     """
-    matrices = (
-        (experts.gate_EID, experts.gate_bias_EI),
-        (experts.up_EID, experts.up_bias_EI),
-        (experts.down_EDI, experts.down_bias_ED),
-    )
-    return torch.stack([_relative_distance(*matrix) for matrix in matrices]).mean(dim=0)
+    relative = [
+        2 * square_EE.sqrt() / (norm_EE + 2e-12)
+        for square_EE, norm_EE in (_squared_distance(*matrix) for matrix in _matrices(experts))
+    ]
+    return torch.stack(relative).mean(dim=0).fill_diagonal_(0.0)
 
 
 @torch.no_grad()
-def gate_up_cosine(experts: Experts) -> Tensor:
-    """``cosine_EE`` of the flattened ``[up; gate]``, in float64; 0 beside an expert whose weights are all zero.
-
-    MergeMoE (arXiv 2510.14436) compares this concatenation and does not name the measure. A bias counts as one more
-    column of its matrix. Cost: ``2 E^2 D I`` multiplications, in float32.
-    """
-    matrices = ((experts.gate_EID, experts.gate_bias_EI), (experts.up_EID, experts.up_bias_EI))
-    dot_EE = torch.stack([_gram(part) for matrix in matrices for part in _parts(*matrix)]).sum(dim=0)
-    norm_E = dot_EE.diagonal().sqrt()
-    return dot_EE / torch.outer(norm_E, norm_E).clamp_min(1e-300)
+def euclidean_weight_distance(experts: Experts) -> Tensor:
+    """``||w_i - w_j||`` of all weights of an expert in one row. Cost and blindness as of :func:`weight_distance`."""
+    square_EE = torch.stack([_squared_distance(*matrix)[0] for matrix in _matrices(experts)]).sum(dim=0)
+    return square_EE.sqrt().fill_diagonal_(0.0)
 
 
 def logit_cosine(logit_gram_EE: Tensor) -> Tensor:
@@ -62,19 +58,53 @@ def logit_cosine(logit_gram_EE: Tensor) -> Tensor:
     return cosine_EE.clamp(-1, 1).fill_diagonal_(1.0)
 
 
+def logit_distance(logit_gram_EE: Tensor) -> Tensor:
+    """``||z_i - z_j||`` of the experts' columns of router logits over all calibration tokens (HC-SMoE's ablation)."""
+    square_E = logit_gram_EE.double().diagonal()
+    square_EE = square_E.unsqueeze(0) + square_E.unsqueeze(1) - 2 * logit_gram_EE.double()
+    return square_EE.clamp_min(0).sqrt().fill_diagonal_(0.0)
+
+
 @torch.no_grad()
 def mean_output_distance(sample: TokenSample, experts: Experts) -> Tensor:
     """``||mean E_i(x) - mean E_j(x)||`` over all tokens of the sample, routed there or not (HC-SMoE, arXiv 2410.08589).
 
     Cost: ``n E`` expert evaluations.
     """
+    mean_ED = mean_outputs(sample, experts)
+    return _pairwise(mean_ED, mean_ED)
+
+
+@torch.no_grad()
+def mean_outputs(sample: TokenSample, experts: Experts, share_nE: Tensor | None = None) -> Tensor:
+    """``mean_ED`` of ``share * E_i(x)`` over all tokens of the sample, in float64; every share is 1 unless given."""
     E, n = experts.gate_EID.shape[0], sample.hidden_nD.shape[0]
     total_ED = torch.zeros(E, sample.hidden_nD.shape[1], dtype=torch.float64, device=experts.gate_EID.device)
     for block in _blocks(n, floats_per_row=8 * sum(experts.gate_EID.shape[1:])):
         x_cD = sample.hidden_nD[block].to(total_ED.device)
         for expert in range(E):
-            total_ED[expert] += expert_output(experts, expert, x_cD).sum(dim=0, dtype=torch.float32)
-    return _pairwise(total_ED / max(n, 1), total_ED / max(n, 1))
+            y_cD = expert_output(experts, expert, x_cD)
+            if share_nE is None:
+                total_ED[expert] += y_cD.sum(dim=0, dtype=torch.float32)
+            else:
+                total_ED[expert] += share_nE[block, expert].to(y_cD.device).float() @ y_cD.float()
+    return total_ED / max(n, 1)
+
+
+@torch.no_grad()
+def output_cosine(sample: TokenSample, experts: Experts) -> Tensor:
+    """``cosine_EE`` of the outputs of two experts for the same token, mean over all tokens of the sample.
+
+    Sub-MoE (arXiv 2506.23266). The inner products of unit vectors, so a Gram matrix. 1 on the diagonal; an output of
+    zero has a cosine of 0 with any other. Cost: ``n E`` expert evaluations and ``n E^2 D``, in float32.
+    """
+    E, _, D = experts.gate_EID.shape
+    total_EE = torch.zeros(E, E, dtype=torch.float64, device=experts.gate_EID.device)
+    for block in _blocks(sample.hidden_nD.shape[0], floats_per_row=2 * E * D):
+        y_cED = _all_outputs(experts, sample.hidden_nD[block].to(total_EE.device))
+        unit_EP = normalize(y_cED, dim=-1, eps=TINY).transpose(0, 1).reshape(E, -1)
+        total_EE += unit_EP @ unit_EP.T
+    return (total_EE / max(sample.hidden_nD.shape[0], 1)).clamp(-1, 1).fill_diagonal_(1.0)
 
 
 @torch.no_grad()
@@ -159,7 +189,16 @@ def _stand_ins(sample: TokenSample, unseen: Tensor) -> Iterator[tuple[Tensor, Te
             yield sample.hidden_nD[order_n], torch.full((order_n.numel(), 1), expert)
 
 
-def _relative_distance(matrix_Eab: Tensor, bias_Ea: Tensor | None) -> Tensor:
+def _matrices(experts: Experts) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    return (
+        (experts.gate_EID, experts.gate_bias_EI),
+        (experts.up_EID, experts.up_bias_EI),
+        (experts.down_EDI, experts.down_bias_ED),
+    )
+
+
+def _squared_distance(matrix_Eab: Tensor, bias_Ea: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``||W_i - W_j||^2`` and ``||W_i|| + ||W_j||`` of one matrix, with its bias as one more column."""
     parts = _parts(matrix_Eab, bias_Ea)
     dot_EE = torch.stack([_gram(part) for part in parts]).sum(dim=0)
     square_E = dot_EE.diagonal()
@@ -167,7 +206,7 @@ def _relative_distance(matrix_Eab: Tensor, bias_Ea: Tensor | None) -> Tensor:
     square_EE = (square_E.unsqueeze(0) + square_E.unsqueeze(1) - 2 * dot_EE).clamp_min(0)
     for i, j in (square_EE <= CLOSE * norm_EE.square()).triu(1).nonzero().tolist():
         square_EE[i, j] = square_EE[j, i] = _squared_difference(parts, i, j)
-    return (2 * square_EE.sqrt() / (norm_EE + 2e-12)).fill_diagonal_(0.0)
+    return square_EE, norm_EE
 
 
 def _parts(matrix_Eab: Tensor, bias_Ea: Tensor | None) -> list[Tensor]:
