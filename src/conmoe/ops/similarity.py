@@ -47,6 +47,19 @@ def euclidean_weight_distance(experts: Experts) -> Tensor:
     return square_EE.sqrt().fill_diagonal_(0.0)
 
 
+@torch.no_grad()
+def gate_up_cosine(experts: Experts) -> Tensor:
+    """``cosine_EE`` of the flattened ``[up; gate]``, in float64; 0 beside an expert whose weights are all zero.
+
+    MergeMoE (arXiv 2510.14436) compares this concatenation and does not name the measure. A bias counts as one more
+    column of its matrix. Cost: ``2 E^2 D I`` multiplications, in float32.
+    """
+    matrices = ((experts.gate_EID, experts.gate_bias_EI), (experts.up_EID, experts.up_bias_EI))
+    dot_EE = torch.stack([_gram(part) for matrix in matrices for part in _parts(*matrix)]).sum(dim=0)
+    norm_E = dot_EE.diagonal().sqrt()
+    return dot_EE / torch.outer(norm_E, norm_E).clamp_min(1e-300)
+
+
 def logit_cosine(logit_gram_EE: Tensor) -> Tensor:
     """``cosine_EE`` of the experts' columns of router logits over all calibration tokens, from the sum of ``z z^T``.
 
