@@ -5,7 +5,7 @@ Prototypes are always in the order of the lowest source expert in their recipe, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conmoe.ops import fusion
 from conmoe.ops.experts import mix, tensors
+from conmoe.ops.factors import Factors, concatenate, exact, from_weights, take, to_weights
 from conmoe.types import ConmoeError, Experts, LayerPlan
 
 DROPPED = -1
@@ -60,7 +61,7 @@ def embed(
 
     ``subsets[s][i]`` is the expert that ``plans[s]`` knows as ``i``. Predicted errors are averaged by the share of
     ``energy_E`` (the sum of g^2 ||E||^2 over tokens) in each subset. ``experts`` are read only where one plan brings
-    new weights and another does not.
+    new weights and another does not. Beside factored matrices (:mod:`conmoe.ops.factors`), others are kept whole.
     """
     if not torch.equal(torch.cat(list(subsets)).sort().values, torch.arange(E)):
         raise ConmoeError(f"The parts of a layer do not name each of its {E} experts exactly once; this is a bug.")
@@ -95,20 +96,41 @@ def _ordered(plan: LayerPlan) -> LayerPlan:
         return plan
     ranked_E = rank_K[plan.assignment_E.clamp(0, K - 1)]
     assignment_E = torch.where((plan.assignment_E >= 0) & (plan.assignment_E < K), ranked_E, plan.assignment_E)
-    weights = {name: tensor[order_K.to(tensor.device)] for name, tensor in plan.weights.items()}
+    weights = _take_weights(plan.weights, order_K)
     return replace(plan, assignment_E=assignment_E, mixing_KE=plan.mixing_KE[order_K], weights=weights)
 
 
+def _take_weights(weights: Mapping[str, Tensor], order_K: Tensor) -> dict[str, Tensor]:
+    factors, dense = from_weights(weights)
+    taken = {name: tensor[order_K.to(tensor.device)] for name, tensor in dense.items()}
+    return taken | to_weights({name: take(item, order_K) for name, item in factors.items()})
+
+
 def _join_weights(plans: Sequence[LayerPlan], subsets: Sequence[Tensor], experts: Experts | None) -> dict[str, Tensor]:
-    names = sorted({name for plan in plans for name in plan.weights})
-    if names and experts is None and any(name not in plan.weights for plan in plans for name in names):
+    found = [from_weights(plan.weights) for plan in plans]
+    names = sorted({name for factors, dense in found for name in (*factors, *dense)})
+    if experts is None and any(name not in factors and name not in dense for factors, dense in found for name in names):
         raise ConmoeError("A plan with new weights can only join one without them if the experts are at hand.")
     source = {} if experts is None else tensors(experts)
+    joined: dict[str, Tensor] = {}
+    for name in names:
+        parts: list[Factors | Tensor] = []
+        for (factors, dense), plan, subset in zip(found, plans, subsets, strict=True):
+            if name in factors or name in dense:
+                parts.append(factors[name] if name in factors else dense[name])
+            else:
+                parts.append(mix(source[name][subset], plan.mixing_KE).cpu())
+        joined |= _join_parts(name, parts)
+    return joined
 
-    def part(plan: LayerPlan, subset: Tensor, name: str) -> Tensor:
-        return plan.weights[name] if name in plan.weights else mix(source[name][subset], plan.mixing_KE)
 
-    return {name: torch.cat([part(*pair, name) for pair in zip(plans, subsets, strict=True)]) for name in names}
+def _join_parts(name: str, parts: Sequence[Factors | Tensor]) -> dict[str, Tensor]:
+    """One tensor of all parts: factored if any part is, the others then exactly, with all their rows or columns."""
+    structures = [part.structure for part in parts if isinstance(part, Factors)]
+    if not structures:
+        return {name: torch.cat([part for part in parts if isinstance(part, Tensor)])}
+    factors = [part if isinstance(part, Factors) else exact(part, structures[0]) for part in parts]
+    return to_weights({name: concatenate(factors)})
 
 
 def _join_errors(plans: Sequence[LayerPlan], subsets: Sequence[Tensor], energy_E: Tensor | None) -> float:
