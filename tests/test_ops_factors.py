@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from conmoe.ops import factors as F
+from conmoe.ops import plans
 from conmoe.types import ConmoeError, UsageError
+from tests.layers import random_experts
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -191,6 +194,39 @@ def test_factors_travel_among_the_weights_of_a_plan(structure: F.Structure):
     for name, item in made.items():
         assert found[name].structure == structure
         assert torch.equal(F.reconstruct(found[name]), F.reconstruct(item))
+
+
+@pytest.mark.parametrize("structure", ["rows", "columns"])
+def test_plans_of_parts_keep_their_factors_and_everything_else_exactly(structure: F.Structure):
+    experts = random_experts(7)
+    names = ("gate_EID", "down_EDI")
+    made = [
+        F.decompose({name: getattr(random_experts(2, seed=seed), name) for name in names}, rank, 0.3, structure)
+        for seed, rank in ((1, 3), (2, 4))
+    ]
+    refitted_KDI = draw(2, 16, 12, seed=9)
+    parts = [
+        replace(plans.prune(torch.tensor([0, 1]), 2), weights=F.to_weights(made[0])),
+        replace(plans.identity(2), weights=F.to_weights(made[1])),
+        plans.identity(1),
+        replace(plans.identity(2), weights={"down_EDI": refitted_KDI}),
+    ]
+    subsets = [torch.tensor([5, 0]), torch.tensor([3, 1]), torch.tensor([4]), torch.tensor([6, 2])]
+    joined = plans.embed(parts, subsets, 7, experts=experts)
+    assert joined.assignment_E.tolist() == list(range(7))
+    found, others = F.from_weights(joined.weights)
+    assert found.keys() == set(names)
+    assert not others
+    for name in names:
+        matrix_KOI = dense(found[name])
+        assert found[name].left_KOr.shape[2] == 4
+        for item, subset in zip(made, subsets, strict=False):
+            torch.testing.assert_close(matrix_KOI[subset], dense(item[name]))
+        assert torch.equal(matrix_KOI[4], getattr(experts, name)[4].double())
+        last = refitted_KDI if name == "down_EDI" else getattr(experts, name)[[6, 2]]
+        assert torch.equal(matrix_KOI[[6, 2]], last.double())
+    with pytest.raises(ConmoeError, match="experts are at hand"):
+        plans.embed(parts, subsets, 7)
 
 
 def test_refusals():
