@@ -80,9 +80,21 @@ def observe(experts: Experts, *, k: int = 2, T: int = 80, seed: int = 0, unused:
     generator = torch.Generator().manual_seed(1000 + seed)
     E, _, D = experts.gate_EID.shape
     x_TD = torch.randn(T, D, generator=generator)
-    logits_TE = x_TD @ torch.randn(D, E, generator=generator)
-    logits_TE[:, list(unused)] -= 1000.0
-    weight_Tk, index_Tk = logits_TE.softmax(dim=-1).topk(k)
+    router_DE = torch.randn(D, E, generator=generator)
+
+    def logits_of(hidden_nD: Tensor) -> Tensor:
+        logits_nE = hidden_nD @ router_DE
+        logits_nE[:, list(unused)] -= 1000.0
+        return logits_nE
+
+    def reroute(hidden_nD: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor]:
+        left_E = torch.zeros(E, dtype=torch.bool)
+        left_E[kept_K] = True
+        weight_nk, index_nk = logits_of(hidden_nD).masked_fill(~left_E, -torch.inf).softmax(dim=-1).topk(k)
+        return index_nk, weight_nk
+
+    logits_TE, experts = logits_of(x_TD), replace(experts, reroute=reroute)
+    index_Tk, weight_Tk = reroute(x_TD, torch.arange(E))
     routing = Routing(index_Tk, weight_Tk, logits_TE, E)
     sample = TokenSample(x_TD, index_Tk.int(), weight_Tk, logits_TE, torch.rand(T, generator=generator))
     statistics = LayerStatistics(T, naive_sums(experts, x_TD, routing), sample, torch.zeros(E, dtype=torch.int64))
@@ -148,7 +160,25 @@ def prototypes(experts: Experts, plan: LayerPlan) -> Experts:
         if name in plan.weights:
             assert plan.weights[name].shape == made[name].shape
             made[name] = plan.weights[name].double()
+        if f"{name}.left" in plan.weights:
+            made[name] = factored(plan.weights, name)
     return replace(experts, **made)
+
+
+def factored(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """``left @ right`` of each prototype, plus the rows or columns beside it, number by number in float64."""
+    left_KOr, right_KrI, index_S = (weights[f"{name}.{part}"] for part in ("left", "right", "index"))
+    matrix_KOI = torch.stack([left.double() @ right.double() for left, right in zip(left_KOr, right_KrI, strict=True)])
+    _, rows, columns = matrix_KOI.shape
+    by_row = f"{name}.values_rows" in weights
+    values_SA = weights[f"{name}.values_rows" if by_row else f"{name}.values_columns"]
+    for line, values in zip(index_S.tolist(), values_SA.tolist(), strict=True):
+        for place, value in enumerate(values):
+            if by_row:
+                matrix_KOI[line // rows, line % rows, place] += value
+            else:
+                matrix_KOI[line // columns, place, line % columns] += value
+    return matrix_KOI
 
 
 def sources(plan: LayerPlan) -> list[int]:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from conmoe.methods.mc_smoe import m_smoe
-from conmoe.ops import similarity, subsets
+from conmoe.methods.mc_smoe import m_smoe, mc_smoe
+from conmoe.ops import plans, similarity, subsets
 from conmoe.ops.alignment import permute
-from conmoe.ops.experts import tensors
+from conmoe.ops.experts import select, tensors
+from conmoe.ops.factors import from_weights
 from conmoe.types import Experts, LayerPlan
-from tests.layers import Layer, layer_output, observe, random_experts, recipes, with_rows
+from tests.layers import Layer, layer_output, observe, prototypes, random_experts, recipes, with_rows
 
 
 def run(layer: Layer, keep: int, **options) -> LayerPlan:
@@ -172,3 +173,131 @@ def test_a_layer_of_a_scope_that_nobody_used_keeps_one_expert():
     plan = m_smoe(replace(joined, sums={**joined.sums, "count": count_E}), pool, 3)
     assert [int(row.argmax()) >= 4 for row in plan.mixing_KE] == [False, False, True]
     assert plan.assignment_E[4:].tolist() == [2] * 4
+
+
+MATRICES = ("gate_EID", "up_EID", "down_EDI")
+
+
+def compress(layer: Layer, keep: int, **options) -> LayerPlan:
+    return mc_smoe(layer.statistics, layer.experts, keep, **options)
+
+
+def relative_error(layer: Layer, plan: LayerPlan) -> float:
+    reference_TD = layer_output(layer)
+    return float((layer_output(layer, plan) - reference_TD).norm() / reference_TD.norm())
+
+
+@pytest.mark.parametrize("align", ["weight", "none"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("structure", ["rows", "columns"])
+def test_compression_of_full_rank_is_the_merge(align: str, bias: bool, structure: str):
+    layer = observe(random_experts(8, bias=bias))
+    merged, plan = run(layer, 3, align=align), compress(layer, 3, align=align, rank=99, ratio=0.0, structure=structure)
+    assert not set(MATRICES) & plan.weights.keys()
+    assert (bias and align == "weight") == ("gate_bias_EI" in plan.weights)
+    assert torch.equal(plan.mixing_KE, merged.mixing_KE)
+    torch.testing.assert_close(layer_output(layer, plan), layer_output(layer, merged), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("structure", ["rows", "columns"])
+def test_what_is_stored_is_the_truncated_decomposition_and_the_largest_lines(structure: str):
+    layer = observe(random_experts(8))
+    merged = prototypes(layer.experts, run(layer, 3))
+    plan = compress(layer, 3, rank=2, ratio=0.3, structure=structure)
+    stored = prototypes(layer.experts, plan)
+    energies, losses = [], []
+    for name in MATRICES:
+        for k in range(3):
+            u, s, v = torch.linalg.svd(getattr(merged, name)[k], full_matrices=False)
+            residual = getattr(merged, name)[k] - u[:, :2] * s[:2] @ v[:2]
+            left_over = getattr(merged, name)[k] - getattr(stored, name)[k]
+            axis = 1 if structure == "rows" else 0
+            energies += residual.square().mean(dim=axis).tolist()
+            losses += left_over.square().mean(dim=axis).tolist()
+    kept = sorted(range(len(energies)), key=lambda line: -energies[line])[: int(0.3 * len(energies) + 0.5)]
+    expected = [0.0 if line in kept else energy for line, energy in enumerate(energies)]
+    assert losses == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_more_rank_and_more_rows_lose_less():
+    layer = observe(random_experts(6, seed=3), seed=3)
+    by_rank = [relative_error(layer, compress(layer, 3, rank=rank, ratio=0.0)) for rank in (1, 4, 8, 12)]
+    by_ratio = [relative_error(layer, compress(layer, 3, rank=2, ratio=ratio)) for ratio in (0.0, 0.4, 0.8, 1.0)]
+    assert by_rank == sorted(by_rank, reverse=True)
+    assert by_ratio == sorted(by_ratio, reverse=True)
+    assert by_rank[-1] == pytest.approx(by_ratio[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("structure", ["rows", "columns"])
+def test_by_output_the_lines_stay_whose_loss_the_layer_would_hear_most(structure: str):
+    layer = observe(random_experts(6), T=40)
+    plan = compress(layer, 3, rank=1, ratio=0.3, structure=structure, importance="output")
+    merged = prototypes(layer.experts, run(layer, 3))
+    inputs: dict[str, list[list[Tensor]]] = {name: [[], [], []] for name in MATRICES}
+    for x_D, chosen, gates in zip(layer.x_TD, layer.routing.index_Tk, layer.routing.weight_Tk, strict=True):
+        for k in range(3):
+            gate = sum(float(g) for e, g in zip(chosen, gates, strict=True) if plan.assignment_E[e] == k)
+            if gate:
+                before_I = merged.gate_EID[k] @ x_D.double()
+                hidden_I = before_I * torch.sigmoid(before_I) * (merged.up_EID[k] @ x_D.double())
+                for name in MATRICES:
+                    inputs[name][k].append(gate * (hidden_I if name == "down_EDI" else x_D.double()))
+    scored = []
+    for name in MATRICES:
+        whole = sum(float((getattr(merged, name)[k] @ x).square().sum()) for k in range(3) for x in inputs[name][k])
+        for k in range(3):
+            u, s, v = torch.linalg.svd(getattr(merged, name)[k], full_matrices=False)
+            residual = getattr(merged, name)[k] - u[:, :1] * s[:1] @ v[:1]
+            rows, columns = residual.shape
+            for line in range(rows if structure == "rows" else columns):
+                if structure == "rows":
+                    energy = sum(float(residual[line] @ x) ** 2 for x in inputs[name][k]) / columns
+                else:
+                    energy = sum(float((residual[:, line] * x[line]).square().sum()) for x in inputs[name][k]) / rows
+                scored.append((energy / whole, name, k * (rows if structure == "rows" else columns) + line))
+    kept = sorted(scored, reverse=True)[: int(0.3 * len(scored) + 0.5)]
+    found, _ = from_weights(plan.weights)
+    for name in MATRICES:
+        assert found[name].index_S.tolist() == sorted(place for _, owner, place in kept if owner == name)
+
+
+def test_stable_ranks_before_and_after_merging():
+    layer = observe(with_rows(random_experts(6), [0, 1, 2, 3, 4, 4]))
+    plan = compress(layer, 3, align="none")
+
+    def rank(experts: Experts, expert: int) -> float:
+        values = [torch.linalg.svdvals(getattr(experts, name)[expert].double()) for name in MATRICES]
+        return sum(float(value.square().sum() / value[0] ** 2) for value in values) / 3
+
+    merged = prototypes(layer.experts, run(layer, 3, align="none"))
+    after = [rank(merged, prototype) for prototype in plan.assignment_E.tolist()]
+    assert plan.scores["stable_rank_before"].tolist() == pytest.approx([rank(layer.experts, e) for e in range(6)])
+    assert plan.scores["stable_rank_after"].tolist() == pytest.approx(after)
+    assert "frequency" in plan.scores
+
+
+@pytest.mark.parametrize("structure", ["rows", "columns"])
+def test_protected_experts_beside_factors_stay_exact(structure: str):
+    layer = observe(random_experts(7), T=60)
+    part = torch.tensor([6, 0, 2, 5, 3])
+    rest = torch.tensor([1, 4])
+    free = Layer(select(layer.experts, part), layer.x_TD, layer.routing, subsets.restrict(layer.statistics, part))
+    for importance in ("energy", "output"):
+        planned = compress(free, 2, rank=2, ratio=0.2, structure=structure, importance=importance)
+        joined = plans.embed([planned, plans.identity(2)], [part, rest], 7, experts=layer.experts)
+        stored, alone = prototypes(layer.experts, joined), prototypes(free.experts, planned)
+        for name in MATRICES:
+            for expert in rest.tolist():
+                kept = getattr(stored, name)[joined.assignment_E[expert]]
+                assert torch.equal(kept, getattr(layer.experts, name)[expert].double())
+            for place, expert in enumerate(part.tolist()):
+                now, then = joined.assignment_E[expert], planned.assignment_E[place]
+                torch.testing.assert_close(getattr(stored, name)[now], getattr(alone, name)[then])
+
+
+def test_half_precision_stays_half():
+    layer = observe(random_experts(6, bias=True))
+    layer = replace(layer, experts=random_experts(6, dtype=torch.bfloat16, bias=True))
+    plan = compress(layer, 3, rank=4, importance="output")
+    kinds = {tensor.dtype for name, tensor in plan.weights.items() if not name.endswith(".index")}
+    assert kinds == {torch.bfloat16}

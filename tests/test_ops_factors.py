@@ -12,7 +12,7 @@ from torch import Tensor
 from conmoe.ops import factors as F
 from conmoe.ops import plans
 from conmoe.types import ConmoeError, UsageError
-from tests.layers import random_experts
+from tests.layers import factored, random_experts
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,17 +25,7 @@ def truncated(matrix_OI: Tensor, rank: int) -> Tensor:
 
 
 def dense(factors: F.Factors) -> Tensor:
-    """From the definition, number by number."""
-    K, O, _ = factors.left_KOr.shape  # noqa: E741
-    columns = factors.right_KrI.shape[2]
-    matrix = torch.stack([factors.left_KOr[k].double() @ factors.right_KrI[k].double() for k in range(K)])
-    for line, values in zip(factors.index_S.tolist(), factors.values_SA.double(), strict=True):
-        for place, value in enumerate(values):
-            if factors.structure == "rows":
-                matrix[line // O, line % O, place] += value
-            else:
-                matrix[line // columns, place, line % columns] += value
-    return matrix
+    return factored(F.to_weights({"w": factors}), "w")
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 14), (2, 14, 9), (2, 8, 8)])

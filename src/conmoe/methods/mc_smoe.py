@@ -1,19 +1,25 @@
-"""M-SMoE: merge, then compress, guided by the router (arXiv 2310.01334)."""
+"""MC-SMoE: merge experts, guided by the router, then compress what is left (arXiv 2310.01334)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from conmoe.ops import coverage, plans, similarity
 from conmoe.ops.alignment import activation_affinity, align, mix_aligned, weight_affinity
+from conmoe.ops.experts import expert_hidden, mix, tensors
+from conmoe.ops.factors import decompose, stable_rank, to_weights
 from conmoe.ops.fusion import average
 from conmoe.ops.scores import top
 from conmoe.registry import method
-from conmoe.types import Experts, LayerPlan, LayerStatistics
+from conmoe.types import Experts, LayerPlan, LayerStatistics, TokenSample
+
+NEEDS = ("count", "logit_gram", "sample", "weights")
+MATRICES = ("gate_EID", "up_EID", "down_EDI")
 
 Grouping = Annotated[
     Literal["router_logits", "weight", "mean_output", "functional"], "what makes an expert join a dominant one"
@@ -24,7 +30,7 @@ Align = Annotated[
 Reference = Annotated[Literal["dominant", "first"], "whose order of hidden units: the dominant expert's, or expert 0's"]
 
 
-@method("m-smoe", paper="https://arxiv.org/abs/2310.01334", needs=("count", "logit_gram", "sample", "weights"))
+@method("m-smoe", paper="https://arxiv.org/abs/2310.01334", needs=NEEDS)
 def m_smoe(
     statistics: LayerStatistics,
     experts: Experts,
@@ -56,6 +62,53 @@ def m_smoe(
     plan, dominant_E = _merged(statistics, experts, keep, grouping)
     return _aligned(
         plan, statistics, experts, align, dominant_E if reference == "dominant" else _first(statistics.owner_E)
+    )
+
+
+@method("mc-smoe", paper="https://arxiv.org/abs/2310.01334", needs=NEEDS)
+def mc_smoe(
+    statistics: LayerStatistics,
+    experts: Experts,
+    keep: int,
+    *,
+    grouping: Grouping = "router_logits",
+    align: Align = "weight",
+    reference: Reference = "dominant",
+    rank: Annotated[int, "rank of the dense part of each matrix"] = 32,
+    ratio: Annotated[float, "share of the rows (or columns) that are kept of what the low rank leaves"] = 0.1,
+    structure: Annotated[Literal["rows", "columns"], "what is kept or dropped as a whole"] = "rows",
+    importance: Annotated[
+        Literal["energy", "output"], "a row's own size, or the output error without it on the token sample"
+    ] = "energy",
+) -> LayerPlan:
+    """Merge as m-smoe does, then store each matrix as a low rank plus a few whole rows of the rest.
+
+    ``W = left right + S`` (section 3): the truncated singular value decomposition, and of the residual the ``ratio``
+    of rows of highest mean energy, ranked over all matrices of the layer. ``importance="output"`` takes the energy of
+    a row's products with the inputs of its matrix instead, times the gates of the tokens routed to the group, as a
+    share of the energy of all outputs of that kind of matrix. The stable ranks ``||W||_F^2 / ||W||_2^2`` before and
+    after merging (mean over gate, up and down) are among the scores: the paper's reason why merged experts bear it.
+
+    Departures. The paper learns importance by tuning, |s dL/ds| averaged over a row or column, while the ratio falls
+    from 1 to 0.1, and tunes what is left with distillation; without tuning expect to lose more. With ``keep=1.0``
+    nothing is decomposed.
+    """
+    if keep == statistics.owner_E.numel():
+        return plans.identity(keep)
+    plan = m_smoe(statistics, experts, keep, grouping=grouping, align=align, reference=reference)
+    prototypes = _prototypes(experts, plan)
+    inputs = partial(_inputs, statistics.sample, prototypes, plan.assignment_E) if importance == "output" else None
+    matrices = {name: tensors(prototypes)[name] for name in MATRICES}
+    factors = to_weights(decompose(matrices, rank, ratio, structure, inputs))
+    scores = {
+        "stable_rank_before": _stable_ranks(experts),
+        "stable_rank_after": _stable_ranks(prototypes)[plan.assignment_E],
+    }
+    return replace(
+        plan,
+        weights={name: tensor for name, tensor in plan.weights.items() if name not in MATRICES}
+        | {name: tensor.cpu() for name, tensor in factors.items()},
+        scores=dict(plan.scores) | scores,
     )
 
 
@@ -114,3 +167,30 @@ def _first(owner_E: Tensor) -> Tensor:
     """The first expert of each expert's own layer."""
     first_W = torch.stack([(owner_E == layer).int().argmax() for layer in range(int(owner_E.max()) + 1)])
     return first_W[owner_E]
+
+
+def _prototypes(experts: Experts, plan: LayerPlan) -> Experts:
+    made: dict[str, Any] = {
+        name: plan.weights[name].to(tensor.device) if name in plan.weights else mix(tensor, plan.mixing_KE)
+        for name, tensor in tensors(experts).items()
+    }
+    return replace(experts, **made, reroute=None)
+
+
+def _inputs(sample: TokenSample, prototypes: Experts, assignment_E: Tensor, name: str, prototype: int) -> Tensor:
+    """What one matrix of a prototype is multiplied by, on the tokens that choose it, times their gates."""
+    # a slot of -1, outside, reads the last element
+    answers_E = torch.cat([assignment_E == prototype, torch.zeros(1, dtype=torch.bool)])
+    answers_nk = answers_E.to(sample.index_nk.device)[sample.index_nk.long()]
+    gate_n = (sample.weight_nk.float() * answers_nk).sum(dim=1)
+    routed_n = gate_n != 0
+    x_nI = sample.hidden_nD[routed_n].to(prototypes.gate_EID.device)
+    if name == "down_EDI":
+        x_nI = expert_hidden(prototypes, prototype, x_nI)
+    return x_nI.float() * gate_n[routed_n].unsqueeze(1).to(x_nI.device)
+
+
+def _stable_ranks(experts: Experts) -> Tensor:
+    """The mean over gate, up and down of each expert."""
+    ranks = [[stable_rank(matrix) for matrix in tensors(experts)[name]] for name in MATRICES]
+    return torch.tensor(ranks, dtype=torch.float64).mean(dim=0)
