@@ -295,6 +295,21 @@ def test_protected_experts_beside_factors_stay_exact(structure: str):
                 torch.testing.assert_close(getattr(stored, name)[now], getattr(alone, name)[then])
 
 
+def test_slots_of_experts_outside_the_set_say_nothing():
+    layer = observe(random_experts(5), k=2)
+    known = subsets.restrict(layer.statistics, torch.arange(4))
+    outside_nk = known.sample.index_nk < 0
+    silent = replace(known.sample, weight_nk=known.sample.weight_nk.masked_fill(outside_nk, 0.0))
+    inside = select(layer.experts, torch.arange(4))
+    plans_of = [
+        mc_smoe(replace(known, sample=sample), inside, 2, rank=1, ratio=0.3, importance="output")
+        for sample in (known.sample, silent)
+    ]
+    assert outside_nk.any()
+    for name, tensor in plans_of[0].weights.items():
+        assert torch.equal(tensor, plans_of[1].weights[name])
+
+
 def test_half_precision_stays_half():
     layer = observe(random_experts(6, bias=True))
     layer = replace(layer, experts=random_experts(6, dtype=torch.bfloat16, bias=True))
