@@ -12,12 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import conmoe
-from conmoe.artifacts import read_layer, read_manifest
+from conmoe.artifacts import read_layer, read_manifest, read_tokens
 from conmoe.calibrate import calibrate
 from conmoe.moe import moe_layers
 from conmoe.observe import IMPLEMENTATION
+from conmoe.source import open_source
+from conmoe.types import sample_tensors
 from tests.conftest import Checkpoint, token_data
 from tests.families import TINY
+from tests.results import load_stock
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,7 +88,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     for layer in read_manifest(folder).layers:
         statistics = read_layer(folder, layer)
         tensors |= {f"{layer}.{name}": value for name, value in statistics.sums.items()}
-        tensors |= {f"{layer}.{name}": getattr(statistics.sample, name) for name in statistics.sample.__slots__}
+        tensors |= {f"{layer}.{name}": value for name, value in sample_tensors(statistics.sample).items()}
     return tensors
 
 
@@ -183,3 +186,29 @@ def test_two_processes_give_the_single_process_result(checkpoint: Checkpoint, tm
     )
     calibrate(checkpoint("glm4_moe"), tmp_path / "one", token_data(13), conmoe.Calibration(sample=50, batch=3))
     assert_same(tmp_path / "two", tmp_path / "one")
+
+
+def test_what_a_block_adds_beside_its_routed_experts_is_sampled(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = checkpoint("deepseek_v3")
+    calibrate(folder, tmp_path / "stats", token_data(), conmoe.Calibration(sample=30))
+    layer = open_source(folder).layers[0]
+    sample = read_layer(tmp_path / "stats", layer.index).sample
+    shared = load_stock(folder).get_submodule(f"{layer.block}.shared_experts")
+    with torch.no_grad():
+        expected = shared(sample.hidden_nD)
+    assert sample.rest_nD is not None
+    torch.testing.assert_close(sample.rest_nD, expected, rtol=1e-4, atol=1e-4)
+    calibrate(checkpoint("olmoe"), tmp_path / "plain", token_data(), conmoe.Calibration(sample=30))
+    assert read_layer(tmp_path / "plain", 0).sample.rest_nD is None
+
+
+def test_the_tokens_are_kept_with_the_statistics(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for name, sequences in (("a", 3), ("b", 2)):
+        calibrate(checkpoint("olmoe"), tmp_path / name, token_data(sequences), conmoe.Calibration(sample=10))
+    conmoe.merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    expected = torch.cat([token_data(3).ids_NS, token_data(2).ids_NS])
+    assert torch.equal(read_tokens(tmp_path / "both"), expected)
+    calibrate(checkpoint("olmoe"), tmp_path / "long", token_data(2, 30), conmoe.Calibration(sample=10))
+    conmoe.merge_statistics([tmp_path / "a", tmp_path / "long"], tmp_path / "mixed")
+    with pytest.raises(conmoe.UsageError, match="does not hold its calibration tokens"):
+        read_tokens(tmp_path / "mixed")

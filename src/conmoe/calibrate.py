@@ -7,7 +7,7 @@ hidden states that enter a layer stay untouched until it has ended everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,9 +165,8 @@ def _run(
 ) -> None:
     N, S = data.ids_NS.shape
     mine = ranks.share(N)
-    priority_NS = torch.rand(N * S, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float64)
-    bound = torch.kthvalue(priority_NS, min(options.sample, N * S)).values if options.sample else -1.0
-    priority_NS = priority_NS.view(N, S)[mine.start : mine.stop]
+    priority_NS, bound = draw(N, S, options.sample, options.seed)
+    priority_NS = priority_NS[mine.start : mine.stop]
     by_index = {layer.index: layer for layer in source.layers}
     observers: dict[int, Observer] = {}
     known = registered_statistics()
@@ -175,11 +174,8 @@ def _run(
     def around(index: int, module: nn.Module) -> AbstractContextManager[Any]:
         if index not in by_index:
             return nullcontext()
-        layer = by_index[index]
-        width = source.model.get_submodule(layer.experts).get_parameter("down_proj").shape
-        hidden = width[2] if source.model.get_submodule(layer.experts).is_transposed else width[1]
-        observers[index] = Observer(known, layer.stored, hidden, torch.device(options.device))
-        return _watch(source, layer, observers[index])
+        observers[index] = new_observer(source, by_index[index], options.device)
+        return watch(source, by_index[index], observers[index])
 
     def before_batch(first: int, last: int) -> None:
         for observer in observers.values():
@@ -207,6 +203,21 @@ def _run(
         stream.run(around, start=start, before_batch=before_batch, after_layer=after_layer, advance=advance)
 
 
+def draw(N: int, S: int, sample: int, seed: int) -> tuple[Tensor, float]:
+    """A random priority for each of ``N`` sequences of ``S`` tokens, and the highest in a sample of this size."""
+    priority_n = torch.rand(N * S, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    bound = float(torch.kthvalue(priority_n, min(sample, N * S)).values) if sample else -1.0
+    return priority_n.view(N, S), bound
+
+
+def new_observer(source: Source, layer: MoeLayer, device: str) -> Observer:
+    """An observer of one layer that has seen nothing yet."""
+    experts = source.model.get_submodule(layer.experts)
+    width = experts.get_parameter("down_proj").shape
+    hidden = width[2] if experts.is_transposed else width[1]
+    return Observer(registered_statistics(), layer.stored, hidden, torch.device(device))
+
+
 def _first_unfinished(source: Source, out: Path, work: Path, ranks: Ranks) -> int:
     """The layer to go on with: the earliest that any rank has not finished."""
     progress = work / "next"
@@ -219,7 +230,8 @@ def _first_unfinished(source: Source, out: Path, work: Path, ranks: Ranks) -> in
 
 
 @contextmanager
-def _watch(source: Source, layer: MoeLayer, observer: Observer) -> Any:
+def watch(source: Source, layer: MoeLayer, observer: Observer) -> Iterator[None]:
+    """While the context lasts, ``observer`` sees this layer of ``source``."""
     model = source.model
     block, experts, router = (model.get_submodule(path) for path in (layer.block, layer.experts, layer.router))
     with observed(block, experts, router, observer):

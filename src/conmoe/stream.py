@@ -83,6 +83,8 @@ class Stream:
         around: Callable[[int, nn.Module], AbstractContextManager[Any]] = lambda index, layer: nullcontext(),
         *,
         start: int = 0,
+        stop: int | None = None,
+        store: bool = True,
         before_batch: Callable[[int, int], None] = lambda first, last: None,
         after_layer: Callable[[int], None] = lambda index: None,
         advance: Callable[[int], None] = lambda tokens: None,
@@ -92,28 +94,33 @@ class Stream:
         Args:
             around: gives the context in which a layer runs, from its index and its module.
             start: the first layer to run; its inputs must be there from an earlier run.
+            stop: the layer before which to end; by default all are run.
+            store: keep what leaves the layers; without, one layer can be watched and run again.
             before_batch: is told which sequences go through the layer next.
             after_layer: is told when all sequences have left a layer.
             advance: is told how many tokens have passed one more layer.
         """
         path, layers = decoder_layers(self.source.model)
+        stop = len(layers) if stop is None else stop
         self._embed(start == 0)
         with ThreadPoolExecutor(1) as reader:
-            pending = reader.submit(self._read, f"{path}.{start}.", layers[start]) if start < len(layers) else None
-            for index in range(start, len(layers)):
+            pending = reader.submit(self._read, f"{path}.{start}.", layers[start]) if start < stop else None
+            for index in range(start, stop):
                 layer = layers[index]
                 assert pending is not None
                 weights, pending = pending.result(), None
                 layer.load_state_dict({name: value.to(self.device) for name, value in weights.items()}, assign=True)
                 del weights
-                if index + 1 < len(layers):
+                if index + 1 < stop:
                     pending = reader.submit(self._read, f"{path}.{index + 1}.", layers[index + 1])
                 with around(index, layer):
                     for first, last in self.batches():
                         before_batch(first, last)
                         args, kwargs = self._calls[last - first, self.ids_NS.shape[1]][index]
                         hidden = self.states.read(index, first, last).to(self.device)
-                        self.states.write(index + 1, first, layer(hidden, *args, **kwargs))
+                        leaving = layer(hidden, *args, **kwargs)
+                        if store:
+                            self.states.write(index + 1, first, leaving)
                         advance((last - first) * self.ids_NS.shape[1])
                 _unload(layer)
                 _give_back()

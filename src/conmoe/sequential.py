@@ -1,0 +1,107 @@
+"""Sequential planning: each layer is calibrated on inputs that have passed through the compressed layers before it.
+
+The same statistics, methods and plans in another loop. The calibration text stands before a layer; the source's own
+layer is watched on it, planned, and then the compressed layer lets the text through to the next. One layer is in memory
+at a time, and a killed run goes on at the layer that it had reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conmoe.artifacts import Manifest, read_text, write_atomic
+from conmoe.calibrate import draw, new_observer, smallest, watch
+from conmoe.moe import MoeLayer, decoder_layers
+from conmoe.observe import IMPLEMENTATION
+from conmoe.preview import preview
+from conmoe.source import Source, open_source
+from conmoe.stream import Stream, open_stream
+from conmoe.types import LayerStatistics, Plan, ScopePlan
+
+
+class Passage:
+    """The calibration text on its way through the compressed model: it stands before ``position``."""
+
+    def __init__(self, source: Source, ids_NS: Tensor, manifest: Manifest, device: str, work: Path) -> None:
+        self._source, self._ids_NS, self._device, self._work = source, ids_NS, device, work
+        self._limit = manifest.sample
+        N, S = ids_NS.shape
+        self._priority_NS, self._bound = draw(N, S, manifest.sample, manifest.seed)
+        self._place = work / "next"
+        self.position = int(read_text(self._place) or 0)
+
+    @property
+    def length(self) -> int:
+        return len(decoder_layers(self._source.model)[1])
+
+    def statistics(self, layer: MoeLayer) -> LayerStatistics:
+        """What the source's own ``layer`` does with the text as it arrives there; the text stays before it."""
+        self._walk(layer.index)
+        observer = new_observer(self._source, layer, self._device)
+
+        def before_batch(first: int, last: int) -> None:
+            priority = self._priority_NS[first:last].reshape(-1)
+            observer.expect(priority, priority <= self._bound)
+
+        with self._stream(self._source) as stream:
+            stream.run(
+                lambda index, module: watch(self._source, layer, observer),
+                start=layer.index,
+                stop=layer.index + 1,
+                store=False,
+                before_batch=before_batch,
+            )
+        sums = {name: value.cpu() for name, value in observer.sums.items()}
+        sample = smallest([observer.sample()], self._limit)
+        return LayerStatistics(self._ids_NS.numel(), sums, sample, torch.zeros(layer.stored, dtype=torch.int64))
+
+    def follow(self, scope: ScopePlan, describe: Callable[[list[ScopePlan]], Plan]) -> None:
+        """Let the text through the layer as ``scope`` makes it; nothing to do where it has passed already."""
+        (index,) = scope.layers
+        if self.position > index:
+            return
+        self._walk(index)
+        made = preview(
+            self._source,
+            describe([scope]),
+            "shared",
+            dtype=self._source.model.dtype,
+            experts_implementation=IMPLEMENTATION,
+        )
+        self._run(made, index, index + 1)
+
+    def _walk(self, index: int) -> None:
+        """Let the text through the layers before ``index`` that nobody changes."""
+        if self.position < index:
+            self._run(self._source, self.position, index)
+
+    def _run(self, source: Source, start: int, stop: int) -> None:
+        with self._stream(source) as stream:
+            stream.run(start=start, stop=stop)
+        self.position = stop
+        write_atomic(self._place, str(stop))
+
+    @contextmanager
+    def _stream(self, source: Source) -> Iterator[Stream]:
+        with open_stream(source, self._ids_NS, device=self._device, work=self._work) as stream:
+            yield stream
+
+
+def open_passage(
+    source: Source, ids_NS: Tensor, manifest: Manifest, work: Path, *, device: str, trust_remote_code: bool = False
+) -> Passage:
+    """Prepare to plan ``source`` layer by layer on the text it was calibrated on, in the dtype of that run."""
+    streamed = open_source(
+        source.folder,
+        dtype=getattr(torch, manifest.dtype),
+        experts_implementation=IMPLEMENTATION,
+        trust_remote_code=trust_remote_code,
+        entries=source.entries,
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    return Passage(streamed, ids_NS, manifest, device, work)
