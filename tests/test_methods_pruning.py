@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -210,3 +211,70 @@ def test_dern_is_pruning_where_no_unit_is_alike():
 def test_dern_refuses_what_is_no_cosine(options: dict):
     with pytest.raises(UsageError, match="cosine above 0"):
         run("dern", observe(random_experts(4)), 2, **options)
+
+
+# NAEE ----------------------------------------------------------------------------------------------------------------
+
+
+def changes(layer: Layer, kept: tuple[int, ...], tokens: list[int]) -> float:
+    """``||F - F_kept||^2 / ||F||^2``, the softmax over the rows of the kept experts only."""
+    before, after = 0.0, 0.0
+    for t in tokens:
+        probability = layer.routing.logits_TE[t, list(kept)].softmax(dim=0)
+        chosen = [(kept[i], float(probability[i])) for i in probability.argsort(descending=True)[:2].tolist()]
+        observed = zip(layer.routing.index_Tk[t].tolist(), layer.routing.weight_Tk[t].tolist(), strict=True)
+        full_D, left_D = (
+            sum(gate * answer(layer.experts, expert, layer.x_TD[t]).double() for expert, gate in slots)
+            for slots in (observed, chosen)
+        )
+        before, after = before + float(full_D.square().sum()), after + float((full_D - left_D).square().sum())
+    return after / before
+
+
+@pytest.mark.parametrize(("keep", "tokens"), [(3, 512), (2, 9), (5, 1)])
+def test_naee_keeps_the_set_that_changes_the_output_least(keep: int, tokens: int):
+    layer = observe(random_experts(6), T=30)
+    drawn = layer.statistics.sample.priority_n.argsort()[:tokens].tolist()
+    loss = {kept: changes(layer, kept, drawn) for kept in combinations(range(6), keep)}
+    plan = run("naee", layer, keep, tokens=tokens)
+    assert plan.predicted_error == pytest.approx(min(loss.values()), rel=1e-4)
+    assert loss[tuple(kept_by(plan))] == pytest.approx(min(loss.values()), rel=1e-4)
+    assert not plan.scores
+
+
+def test_naee_exchanges_experts_where_sets_are_many():
+    greedy, exchanged, best = (
+        [
+            run("naee", observe(random_experts(9, seed=seed), seed=seed), 4, limit=limit).predicted_error
+            for seed in seeds
+        ]
+        for limit, seeds in ((0, range(8)), (125, range(8)), (126, range(8)))
+    )
+    assert all(a >= b >= c for a, b, c in zip(greedy, exchanged, best, strict=True))
+    assert exchanged != greedy
+    assert sum(b == c for b, c in zip(exchanged, best, strict=True)) >= 6
+
+
+def test_naee_skips_by_the_gates_that_are_left():
+    layer = observe(random_experts(6), k=3)
+    plain, skipping = run("naee", layer, 4), run("naee", layer, 4, skip=True)
+    assert torch.equal(plain.assignment_E, skipping.assignment_E)
+    assert plain.skip == 0.0
+    ratios = []
+    for z_E in layer.routing.logits_TE:
+        gates = sorted(z_E[kept_by(plain)].softmax(dim=0).tolist(), reverse=True)[:3]
+        ratios.append(gates[2] / gates[0])
+    ratios.sort()
+    assert skipping.skip == pytest.approx((ratios[39] + ratios[40]) / 2, rel=1e-5)
+
+
+def test_naee_has_to_ask_the_router():
+    layer = observe(random_experts(4))
+    with pytest.raises(UsageError, match="plan each layer alone"):
+        run("naee", replace(layer, experts=replace(layer.experts, reroute=None)), 2)
+
+
+@pytest.mark.parametrize("options", [{"tokens": 0}, {"limit": -1}])
+def test_naee_refuses_a_search_without_tokens(options: dict):
+    with pytest.raises(UsageError, match="at least 1"):
+        run("naee", observe(random_experts(4)), 2, **options)
