@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
 from torch import Tensor
 
 from conmoe.methods.hc_smoe import hc_smoe
+from conmoe.methods.sub_moe import sub_moe
 from conmoe.ops import similarity, subsets
 from conmoe.ops.alignment import permute
 from conmoe.ops.clustering import agglomerate
 from conmoe.ops.experts import tensors
 from conmoe.ops.zipit import merge_units
-from conmoe.types import Experts, LayerPlan
-from tests.layers import Layer, answer, layer_output, observe, random_experts, recipes, with_rows
+from conmoe.types import Experts, LayerPlan, LayerStatistics, UsageError
+from tests.layers import Layer, answer, layer_output, observe, prototypes, random_experts, recipes, with_rows
 
 
 def run(method, layer: Layer, keep: int, **options) -> LayerPlan:
@@ -50,8 +51,8 @@ def shuffled(experts: Experts) -> Experts:
     return replace(experts, **{name: torch.stack([part[name] for part in parts]) for name in parts[0]})
 
 
-def two_layers(rows: list[list[int]], pool: Experts) -> tuple[Layer, Layer, object, Experts]:
-    layers = [observe(with_rows(pool, row), seed=seed) for seed, row in enumerate(rows)]
+def two_layers(rows: list[list[int]], pool: Experts, T: int = 80) -> tuple[Layer, Layer, LayerStatistics, Experts]:
+    layers = [observe(with_rows(pool, row), seed=seed, T=T) for seed, row in enumerate(rows)]
     joined, experts = subsets.join_layers([layer.statistics for layer in layers], [layer.experts for layer in layers])
     return layers[0], layers[1], joined, experts
 
@@ -157,6 +158,79 @@ def test_hc_smoe_averages_unused_clusters_evenly():
     layer = observe(with_rows(random_experts(6), [0, 0, 2, 3, 4, 5]), unused=(0, 1))
     plan = run(hc_smoe, layer, 5)
     assert recipes(plan)[0].tolist() == recipes(plan)[1].tolist() == [0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def spherical_scatter(layer: Layer, groups: set[frozenset[int]]) -> float:
+    """Squared distances of all outputs, as unit vectors, to their cluster's mean direction for each token."""
+    y_ETD = outputs(layer)
+    unit_ETD = y_ETD / y_ETD.norm(dim=-1, keepdim=True)
+    return sum(float((unit_ETD[list(g)] - unit_ETD[list(g)].mean(dim=0)).square().sum()) for g in groups)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sub_moe_clusters_output_directions_as_well_as_any_partition(seed: int):
+    layer = observe(random_experts(6, seed=seed), seed=seed, T=20)
+    plan = run(sub_moe, layer, 3)
+    partitions = {
+        frozenset(frozenset(e for e in range(6) if labels[e] == label) for label in range(3))
+        for labels in product(range(3), repeat=6)
+        if len(set(labels)) == 3
+    }
+    best = min(spherical_scatter(layer, set(groups)) for groups in partitions)
+    assert spherical_scatter(layer, clusters(plan)) <= 1.02 * best
+    count = uses(layer)
+    for group in clusters(plan):
+        for e in group:
+            expected = [count[m] / sum(count[o] for o in group) if m in group else 0.0 for m in range(6)]
+            assert recipes(plan)[e].tolist() == pytest.approx(expected)
+
+
+def union_merge(matrices: list[Tensor], shares: list[float], rank: int) -> Tensor:
+    """The paper's steps: one decomposition of all matrices side by side, and a mean of their own parts of V."""
+    U, S, Vh = torch.linalg.svd(torch.cat([matrix.double() for matrix in matrices], dim=1), full_matrices=False)
+    parts = Vh[:rank].split(matrices[0].shape[1], dim=1)
+    merged_V = sum(share * part for share, part in zip(shares, parts, strict=True))
+    return U[:, :rank] @ torch.diag(S[:rank]) @ merged_V
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(1.0, {"gate_EID": 12, "up_EID": 12, "down_EDI": 16}), (0.5, None)])
+def test_sub_moe_merges_as_the_decomposition_of_the_union_says(rank: float, kept: dict[str, int] | None):
+    kept = kept or {"gate_EID": 6, "up_EID": 6, "down_EDI": 8}
+    layer = observe(random_experts(7, bias=True))
+    plan = run(sub_moe, layer, 5, rank=rank)
+    assert bool(plan.weights) == (rank < 1)
+    made = prototypes(layer.experts, plan)
+    for prototype, recipe_E in enumerate(plan.mixing_KE):
+        members = recipe_E.nonzero().flatten().tolist()
+        for name, tensor in tensors(layer.experts).items():
+            found = getattr(made, name)[prototype]
+            if len(members) == 1:
+                assert torch.equal(found, tensor[members[0]].double())
+            elif "bias" in name:
+                torch.testing.assert_close(found, (recipe_E @ tensor.double()).to(found), rtol=1e-5, atol=1e-6)
+            else:
+                merged = union_merge([tensor[m] for m in members], recipe_E[members].tolist(), kept[name])
+                torch.testing.assert_close(found, merged, rtol=1e-4, atol=1e-5)
+    assert {len(group) for group in clusters(plan)} > {1}
+
+
+def test_sub_moe_asks_for_a_rank_that_there_is():
+    for rank in (0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(UsageError, match="rank"):
+            run(sub_moe, observe(random_experts(4)), 2, rank=rank)
+
+
+@pytest.mark.parametrize("method", [hc_smoe, sub_moe])
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_of_a_scope_are_clustered_on_their_own_tokens(method, seed: int):
+    pool = random_experts(12, seed=seed)
+    # so few tokens that other tokens would give other clusters
+    first, second, joined, experts = two_layers([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]], pool, T=3)
+    plan = method(joined, experts, 6)
+    own = [{frozenset(e - 6 * w for e in g) for g in clusters(plan) if min(g) // 6 == w} for w in (0, 1)]
+    for layer, groups in zip((first, second), own, strict=True):
+        assert groups == clusters(run(method, layer, len(groups)))
+    assert sum(map(len, own)) == 6
 
 
 @pytest.mark.parametrize("bias", [False, True])

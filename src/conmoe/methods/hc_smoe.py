@@ -79,7 +79,9 @@ def _distance(feature: str, statistics: LayerStatistics, experts: Experts) -> Te
         return similarity.logit_distance(statistics.sums["logit_gram"])
     if feature == "weight":
         return similarity.euclidean_weight_distance(experts)
-    return similarity.mean_output_distance(statistics.sample, experts)
+    return similarity.within_layers(
+        similarity.mean_output_distance, statistics.sample, experts, statistics.owner_E.cpu()
+    )
 
 
 def _middle(distance_EE: Tensor, members: Tensor) -> int:

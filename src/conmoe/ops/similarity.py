@@ -7,14 +7,19 @@ second copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from conmoe.ops.experts import expert_output
-from conmoe.types import Experts, TokenSample
+from conmoe.ops.experts import expert_output, select
+from conmoe.types import Experts, TokenSample, sample_tensors
+
+#: ``(sample, experts) -> [E, E]``
+Measure = Callable[[TokenSample, Experts], Tensor]
 
 #: Bytes of the largest intermediate tensor.
 BLOCK_BYTES = 128 * 2**20
@@ -118,6 +123,25 @@ def output_cosine(sample: TokenSample, experts: Experts) -> Tensor:
         unit_EP = normalize(y_cED, dim=-1, eps=TINY).transpose(0, 1).reshape(E, -1)
         total_EE += unit_EP @ unit_EP.T
     return (total_EE / max(sample.hidden_nD.shape[0], 1)).clamp(-1, 1).fill_diagonal_(1.0)
+
+
+def within_layers(measure: Measure, sample: TokenSample, experts: Experts, owner_E: Tensor) -> Tensor:
+    """``measure`` of the experts of each layer of a scope on the inputs of that layer; zero between layers.
+
+    For measures that do not ask how tokens were routed.
+    """
+    layers = owner_E.unique()
+    if layers.numel() == 1:
+        return measure(sample, experts)
+    device = experts.gate_EID.device
+    joined_EE = torch.zeros(owner_E.numel(), owner_E.numel(), dtype=torch.float64, device=device)
+    for layer in layers:
+        own = (owner_E == layer).nonzero().flatten()
+        known_n = ~sample.logits_nE[:, int(own[0])].isnan()
+        inputs: dict[str, Any] = {name: tensor[known_n] for name, tensor in sample_tensors(sample).items()}
+        own_EE = measure(replace(sample, **inputs), select(experts, own))
+        joined_EE[own.to(device).unsqueeze(1), own.to(device)] = own_EE
+    return joined_EE
 
 
 @torch.no_grad()
