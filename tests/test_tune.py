@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 
 import conmoe
 from conmoe.demo import demo_model
@@ -112,11 +114,14 @@ def changed(before: Path, after: Path) -> set[str]:
 
 def plain_loop(model, names, loss, ids, options, steps):
     """What tuning is, written out: AdamW on these parameters of the loaded model, one batch, a falling rate."""
+    rising = math.ceil(options.warmup * steps)
     model.requires_grad_(False)
     parameters = [model.get_parameter(name).requires_grad_(True) for name in names]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = options.learning_rate * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = options.learning_rate * (
+            step / rising if step < rising else (steps - step) / (steps - rising)
+        )
         optimizer.zero_grad()
         loss(model(ids).logits).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -147,7 +152,9 @@ def test_routers_and_nothing_else(family, form, compressed, checkpoint, tmp_path
     model, out = compressed(family, form), tmp_path / "out"
     options = replace(FAST, mode="router", epochs=4)
     tuned = tune(model, out, text(), options, Quiet(), against=checkpoint(family), held_out=text(seed=5))
-    assert changed(model, out) == {name for name in on_disk(model) if ROUTER.search(name)}
+    routers = {name for name in on_disk(model) if ROUTER.search(name)}
+    assert changed(model, out) == routers
+    assert tuned.parameters == sum(on_disk(model)[name].numel() for name in routers)
     kl = [conmoe.evaluate(each, text(), against=checkpoint(family)).kl.value for each in (model, out)]
     assert kl[1] < kl[0]
     assert tuned.losses[0] == pytest.approx(kl[0], rel=0.5)
@@ -159,7 +166,7 @@ def test_routers_and_nothing_else(family, form, compressed, checkpoint, tmp_path
 @pytest.mark.parametrize("mode", ["experts", "router"])
 def test_it_is_adamw_on_the_loss(mode, family, form, compressed, checkpoint, tmp_path):
     model, ids = compressed(family, form), text().ids_NS
-    options = replace(FAST, mode=mode, batch=12, epochs=3, temperature=2.0)
+    options = replace(FAST, mode=mode, batch=12, epochs=3, temperature=2.0, warmup=0.3 if mode == "router" else 0.0)
     teacher = load(checkpoint(family)) if mode == "router" else None
 
     def loss(out):
@@ -244,27 +251,33 @@ def test_a_condensed_layer_is_tuned_with_its_shared_experts(family, checkpoint, 
 
 
 def test_bfloat16_keeps_its_master_weights_in_float32(tmp_path):
-    """Steps of 1e-4 on weights of 0.2 are below what bfloat16 can tell apart, but many of them add up."""
+    """Steps of 1e-4 on weights above 0.13 are below what bfloat16 can tell apart, but many of them add up."""
     model = save_tiny("olmoe", tmp_path / "model", dtype=torch.bfloat16)
     plan = hand_made(model, {(0,): PAIRS})
     conmoe.apply(model, plan, tmp_path / "half")
     options = replace(FAST, learning_rate=1e-4, epochs=10, dtype=torch.bfloat16)
     tune(tmp_path / "half", tmp_path / "out", text(), options, Quiet())
-    moved = [
-        (b - a).abs().max() / a.abs().mean()
-        for name, a in on_disk(tmp_path / "half").items()
-        if ".layers.0." in name and ROUTED_EXPERTS.search(name)
-        for b in [on_disk(tmp_path / "out")[name]]
-    ]
-    assert max(moved) > 0.005
-    assert next(iter(on_disk(tmp_path / "out").values())).dtype == torch.bfloat16
+    before, after = on_disk(tmp_path / "half"), on_disk(tmp_path / "out")
+    names = [name for name in before if ".layers.0." in name and ROUTED_EXPERTS.search(name)]
+    large = {name: before[name].abs() > 0.13 for name in names}  # whose neighbours are 1e-3 away
+    moved = [bool(hit) for name in names for hit in (after[name] != before[name])[large[name]]]
+    assert sum(moved) > len(moved) / 4
+    assert all(after[name].dtype == torch.bfloat16 for name in names)
 
 
-def test_checkpointed_gradients_are_the_same(compressed, tmp_path):
-    model = compressed("olmoe", "shared")
+def test_checkpointed_gradients_are_the_same(compressed, tmp_path, monkeypatch):
+    model, passes = compressed("olmoe", "shared"), []
+    stock = OlmoeAttention.forward
+
+    def counted(self, *args, **kwargs):
+        passes.append(self)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(OlmoeAttention, "forward", counted)
     for name, saving in (("a", False), ("b", True)):
         options = replace(FAST, gradient_checkpointing=saving, dtype=torch.bfloat16)
         tune(model, tmp_path / name, text(), options, Quiet())
+    assert len(passes) == 3 * 2 + 3 * 2 * 2  # steps, layers, and once more for the gradients
     assert changed(tmp_path / "a", tmp_path / "b") == set()
 
 
@@ -474,8 +487,16 @@ def test_without_accelerate_the_extra_is_named(compressed, tmp_path, monkeypatch
 
 
 def test_a_loss_that_explodes_ends_the_run(compressed, tmp_path):
-    with pytest.raises(conmoe.ConmoeError, match="lower"):
+    with pytest.raises(conmoe.ConmoeError, match="The loss is nan after 2 steps"):
         tune(compressed("olmoe", "shared"), tmp_path / "out", text(), replace(FAST, learning_rate=1e30), Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_beyond_what_the_checkpoint_can_hold_end_the_run(tmp_path):
+    model = save_tiny("olmoe", tmp_path / "model", dtype=torch.float16)
+    conmoe.apply(model, hand_made(model, {(0,): PAIRS}), tmp_path / "half")
+    with pytest.raises(conmoe.ConmoeError, match="not finite"):
+        tune(tmp_path / "half", tmp_path / "out", text(), replace(FAST, batch=12, learning_rate=1e6), Quiet())
     assert not (tmp_path / "out").exists()
 
 

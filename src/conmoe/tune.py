@@ -316,9 +316,7 @@ def _train(
         # Renamed after Transformers 5.16; the old name warns.
         getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
         for layer in decoder_layers(student)[1]:
-            layer.training = (
-                True  # of this flag checkpointing makes its choice; all that is in the layer stays as it is
-            )
+            layer.training = True  # only this flag, on which it depends: what is in the layer stays as it is used
     master = _load(teacher, options) if teacher and options.mode == "router" else None
     objective = Objective(student, weights, master, options.temperature)
     arguments = TrainingArguments(
@@ -428,9 +426,7 @@ def _copy_rest(model: Path, folder: Path, out: Path) -> None:
             shutil.copy(file, folder / file.name)
     for name in (PLAN_FOLDER, CHAT_TEMPLATE_DIR):
         if (model / name).is_dir():
-            shutil.copytree(
-                model / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(TUNING, RESULTS)
-            )
+            shutil.copytree(model / name, folder / name, dirs_exist_ok=True)
     if (model / PLAN_FOLDER / RESULTS).is_file():
         results = json.loads((model / PLAN_FOLDER / RESULTS).read_text())
         write_json(folder / PLAN_FOLDER / RESULTS, {**results, "output": str(out), "fidelity": None})
