@@ -8,16 +8,21 @@ import torch
 from conmoe.ops import experts as expert_ops
 from conmoe.ops import plans, subsets
 from conmoe.registry import Method, bind_options, methods
-from conmoe.types import LayerPlan
+from conmoe.types import ConmoeError, LayerPlan
 from tests.layers import Layer, layer_output, observe, prototypes, random_experts, recipes, with_rows
 
 REGISTERED = list(methods().values())
 #: Methods that do not look at the experts cannot follow their labels.
 BLIND = {"random"}
 #: Methods that look at what experts are, not at how often they are asked: an unused one may stay.
-BLIND_TO_USE = BLIND | {"aimer", "hc-smoe", "sub-moe"}
+BLIND_TO_USE = BLIND | {"aimer", "cd-moe", "hc-smoe", "sub-moe"}
 
 every_method = pytest.mark.parametrize("method", REGISTERED, ids=lambda method: method.name)
+
+
+def static_gates(plan: LayerPlan) -> torch.Tensor:
+    """The constant gate of each source expert in a condensed layer; zero where it does not stay, or routers do."""
+    return torch.zeros(8) if plan.static_K is None else plan.static_K @ plan.mixing_KE.float()
 
 
 def run(method: Method, layer: Layer, keep: int) -> LayerPlan:
@@ -34,6 +39,10 @@ def test_plan_is_valid_and_deterministic(method: Method, keep: int, bias: bool):
     assert torch.equal(plan.assignment_E, again.assignment_E)
     assert torch.equal(plan.mixing_KE, again.mixing_KE)
     answers = keep + (0 if plan.constant_CD is None else len(plan.constant_CD))
+    if method.condenses and keep < 8:
+        assert plan.static_K is not None
+        assert torch.equal(plan.static_K, again.static_K)
+        answers = 0  # whom the router could choose, if there were one
     assert set(plan.assignment_E.tolist()) - {plans.DROPPED} == set(range(answers)), "a prototype that nobody uses"
     assert all(score.shape == (8,) and torch.isfinite(score).all() for score in plan.scores.values())
 
@@ -64,6 +73,7 @@ def test_relabelling_experts_relabels_the_plan(method: Method, seed: int):
     plan, again = run(method, layer, 4), run(method, renamed, 4)
     torch.testing.assert_close(recipes(again), recipes(plan)[order][:, order], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(again.gain_E, plan.gain_E[order], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(static_gates(again), static_gates(plan)[order], rtol=1e-6, atol=1e-9)
     now, before = prototypes(renamed.experts, again), prototypes(layer.experts, plan)
     for now_expert, expert in enumerate(order.tolist()):
         here, there = int(again.assignment_E[now_expert]), int(plan.assignment_E[expert])
@@ -121,6 +131,10 @@ def test_parts_of_a_layer_are_planned_and_joined(method: Method):
         planned.append(
             run(method, Layer(expert_ops.select(layer.experts, subset), layer.x_TD, layer.routing, statistics), 2)
         )
+    if method.condenses:  # a layer has one router or none
+        with pytest.raises(ConmoeError, match="condensed as a whole"):
+            plans.embed([*planned, plans.identity(1)], [*parts, torch.tensor([8])], 9, experts=layer.experts)
+        return
     joined = plans.embed([*planned, plans.identity(1)], [*parts, torch.tensor([8])], 9, experts=layer.experts)
     recipe_EE = recipes(joined)
     assert joined.mixing_KE.shape == (5, 9)

@@ -49,6 +49,14 @@ def compose(assignment_E: Tensor, mixing_KE: Tensor) -> LayerPlan:
     return _ordered(LayerPlan(assignment_E, mixing_KE, torch.ones(assignment_E.numel(), dtype=torch.float64)))
 
 
+def condense(kept_K: Tensor, gate_K: Tensor, E: int) -> LayerPlan:
+    """Without a router: the experts ``kept_K``, in ascending order and perhaps none, answer with ``gate_K``."""
+    mixing_KE = torch.zeros(kept_K.numel(), E, dtype=torch.float64)
+    mixing_KE[torch.arange(kept_K.numel()), kept_K] = 1.0
+    dropped_E = torch.full((E,), DROPPED, dtype=torch.int64)
+    return LayerPlan(dropped_E, mixing_KE, torch.ones(E, dtype=torch.float64), static_K=gate_K.float())
+
+
 def embed(
     plans: Sequence[LayerPlan],
     subsets: Sequence[Tensor],
@@ -65,6 +73,8 @@ def embed(
     """
     if not torch.equal(torch.cat(list(subsets)).sort().values, torch.arange(E)):
         raise ConmoeError(f"The parts of a layer do not name each of its {E} experts exactly once; this is a bug.")
+    if any(plan.static_K is not None for plan in plans):
+        raise ConmoeError("A layer is condensed as a whole, not in parts; this is a bug.")
     assignment_E, gain_E = torch.empty(E, dtype=torch.int64), torch.empty(E, dtype=torch.float64)
     mixing_KE = torch.zeros(sum(plan.mixing_KE.shape[0] for plan in plans), E, dtype=torch.float64)
     first, constants = 0, mixing_KE.shape[0]
