@@ -17,6 +17,7 @@ import conmoe
 from conmoe.ops import plans
 from conmoe.source import open_source, read_experts
 from conmoe.types import LayerPlan
+from tests.conftest import token_data
 from tests.families import EXPERTS, TINY, TOP_K
 from tests.results import hand_made, load, load_stock, logits, on_disk, silenced
 
@@ -213,8 +214,6 @@ def test_experts_below_a_share_of_the_highest_gate_are_skipped(family, checkpoin
 
 @families
 def test_evaluation_streams_such_checkpoints(family, checkpoint, tmp_path):
-    from tests.conftest import token_data
-
     folder = checkpoint(family)
     indices = moe_indices(folder)
     none = torch.zeros(0, EXPERTS, dtype=torch.float64)
@@ -227,3 +226,34 @@ def test_evaluation_streams_such_checkpoints(family, checkpoint, tmp_path):
         logp = made(data.ids_NS).logits.float().log_softmax(-1)
     loss = -logp[:, :-1].gather(2, data.ids_NS[:, 1:, None]).mean()
     assert found.loss.value == pytest.approx(float(loss), rel=1e-4)
+
+
+@families
+@pytest.mark.parametrize("structure", ["rows", "columns"])
+def test_experts_stored_as_factors_answer_as_their_product(family, structure, checkpoint, tmp_path):
+    from conmoe.ops.experts import tensors
+    from conmoe.ops.factors import decompose, reconstruct, to_weights
+
+    folder = checkpoint(family)
+    layer = open_source(folder).layers[-1]
+    kept = torch.tensor([0, 2, 5, 7])
+    base = plans.remap(kept, torch.tensor([0, 1, 1, 0, 2, 2, 3, 3]))
+    source = tensors(conmoe.ops.experts.select(read_experts(open_source(folder), layer), kept))
+    matrices = {name: value for name, value in source.items() if "bias" not in name}
+    factors = decompose(matrices, 3, 0.2, structure)
+    factored = replace(base, weights=to_weights(factors))
+    dense = replace(base, weights={name: reconstruct(item).float() for name, item in factors.items()})
+    made = written(folder, tmp_path / "factored", {layer.index: factored})
+    other = written(folder, tmp_path / "dense", {layer.index: dense})
+    torch.testing.assert_close(logits(made), logits(other), rtol=1e-3, atol=1e-3)
+    data = token_data(2, 12, seed=5)
+    losses = [conmoe.evaluate(tmp_path / name, data).loss.value for name in ("factored", "dense")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    small, large = on_disk(tmp_path / "factored"), on_disk(tmp_path / "dense")
+    elements = sum(v.numel() for n, v in small.items() if v.is_floating_point())
+    expected = sum(v.numel() for n, v in large.items() if v.is_floating_point())
+    expected += sum(conmoe.ops.factors.elements(item) for item in factors.values())
+    expected -= sum(value.numel() for value in matrices.values())
+    assert elements == expected
+    with pytest.raises(conmoe.UsageError, match="stores experts as factors"):
+        conmoe.apply(folder, hand_made(folder, {(layer.index,): factored}), tmp_path / "sliced", form="sliced")

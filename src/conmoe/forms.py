@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conmoe.moe import MoeLayer
+from conmoe.ops.factors import from_weights
 from conmoe.registry import Form
 from conmoe.types import LayerPlan, Plan, ScopePlan, UsageError
 
@@ -79,6 +80,16 @@ def departures(layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Any]:
         found["constants"] = plan.constant_CD.shape[0]
     if plan.skip:
         found["skip"] = True
+    factors = from_weights(plan.weights)[0]
+    if factors:
+        found["factors"] = {
+            name.partition("_")[0]: {
+                "rank": item.left_KOr.shape[2],
+                "kept": item.index_S.numel(),
+                "structure": item.structure,
+            }
+            for name, item in factors.items()
+        }
     return found
 
 
@@ -105,6 +116,8 @@ def check_form(layers: Sequence[MoeLayer], plan: Plan, form: Form) -> None:
     if form == "shared":
         for scope in plan.scopes:
             for layer in (by_index[index] for index in scope.layers):
+                if len(scope.layers) > 1 and from_weights(scope.plan.weights)[0]:
+                    raise UsageError("Layers that share a pool of prototypes cannot store them as factors.")
                 rows_left = stored_experts(layer, scope, form).rows
                 if rows_left is not None:
                     check_router(layer, rows_left)

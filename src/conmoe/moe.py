@@ -209,7 +209,7 @@ def _moe_layer(model: PreTrainedModel, index: int, decoder: str, experts: str, m
     grouped = getattr(gate, "topk_method", "group_limited_greedy") == "group_limited_greedy"
     groups = int(getattr(gate, "num_group", None) or 1) if grouped else 1
     used = int(getattr(gate, "topk_group", None) or 1) if groups > 1 else 1
-    stored = module.get_parameter("down_proj").shape[0]
+    stored = int(module.num_experts)  # type: ignore[arg-type]
     return MoeLayer(index, decoder, block_path, experts, f"{block_path}.{router}", logical, stored, top_k, groups, used)
 
 

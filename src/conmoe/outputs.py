@@ -12,10 +12,11 @@ from conmoe.checkpoint import disk_name, is_stack, renumbered
 from conmoe.forms import Stored, is_condensed, own_part, stored_experts
 from conmoe.moe import MoeLayer, family_layout, logical_rows
 from conmoe.ops.experts import concatenate, mix, tensors
+from conmoe.ops.factors import from_weights
 from conmoe.registry import Form
 from conmoe.shards import DTYPE_NAMES, Held, Output, bytes_of, raw_chunks, read_tensor, tensor_output, torch_dtype
 from conmoe.source import Source, read_experts
-from conmoe.types import Plan, ScopePlan, UsageError
+from conmoe.types import LayerPlan, Plan, ScopePlan, UsageError
 
 
 def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tuple[str, ...]]:
@@ -64,7 +65,7 @@ def _expert_outputs(
         yield from (_copy(piece.entry) for piece in sources)
         return
     stored = stored_experts(layer, scope, form)
-    if not stored.owner or not len(stored.prototype_S):
+    if not stored.owner or not len(stored.prototype_S) or from_weights(scope.plan.weights)[0]:
         return
     name = target.removeprefix(f"{layer.experts}.")
     neighbours = {other.index: f"{other.experts}.{name}" for other in source.layers}
@@ -160,11 +161,11 @@ def _rows(entry: Held, axis: int, rows: Tensor) -> Output:
     return tensor_output(entry.name, entry.dtype, shape, lambda: read_tensor(entry).index_select(axis, rows))
 
 
-def maps(layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Tensor]:
+def maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Tensor]:
     """What a ``shared`` checkpoint holds of one layer beside the tensors of its family, by the parameter's path.
 
     These are the map and the gains in its router (a layer that is not planned maps to itself), or the static gates in
-    its place, constants and the threshold of skipping.
+    its place, constants, the threshold of skipping, and experts as factors.
     """
     if scope is None:
         found = {"expert_map": torch.arange(layer.logical), "expert_gain": torch.ones(layer.logical)}
@@ -179,7 +180,28 @@ def maps(layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Tensor]:
     named = {f"{layer.router}.{name}": value for name, value in found.items()}
     if plan.constant_CD is not None:
         named[f"{layer.experts}.constant_experts"] = plan.constant_CD
-    return named
+    return named | {f"{layer.experts}.{name}": value for name, value in _factored(source, layer, plan).items()}
+
+
+def _factored(source: Source, layer: MoeLayer, plan: LayerPlan) -> dict[str, Tensor]:
+    """Experts as factors, rounded to the dtype on disk, under the names of ``FactoredExperts``."""
+    factors, others = from_weights(plan.weights)
+    if not factors:
+        return {}
+    first = next(target for target in source.layout.sources if target.startswith(f"{layer.experts}."))
+    dtype = torch_dtype(source.layout.sources[first][0].entry)
+    found: dict[str, Tensor] = {}
+    for name, item in factors.items():
+        matrix = name.partition("_")[0]
+        parts = {"left": item.left_KOr, "right": item.right_KrI, "values": item.values_SA}
+        found |= {f"{matrix}_{part}": value.to(dtype) for part, value in parts.items()}
+        found[f"{matrix}_index"] = item.index_S
+    if source.model.get_submodule(layer.experts).has_bias:
+        experts = tensors(read_experts(source, layer))
+        for name in (name for name in experts if "_bias_" in name):
+            value = others[name] if name in others else mix(experts[name], plan.mixing_KE)
+            found[f"{name.partition('_')[0]}_bias"] = value.to(dtype)
+    return found
 
 
 def map_name(source: Source, path: str, value: Tensor) -> str:
@@ -188,7 +210,7 @@ def map_name(source: Source, path: str, value: Tensor) -> str:
 
 
 def _maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> Iterator[Output]:
-    for path, value in maps(layer, scope).items():
+    for path, value in maps(source, layer, scope).items():
         disk, kind = map_name(source, path, value), DTYPE_NAMES[value.dtype]
         yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
 

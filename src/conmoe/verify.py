@@ -106,7 +106,7 @@ def _same_rows(new: Held, old: Held, axis: int, rows: Tensor) -> None:
 
 
 def _check_maps(source: Source, made: Source, layer: MoeLayer, scope: ScopePlan | None) -> None:
-    for path, value in maps(layer, scope).items():
+    for path, value in maps(source, layer, scope).items():
         entry = made.entries[map_name(source, path, value)]
         if not torch.equal(read_tensor(entry), value):
             raise ConmoeError(f"{entry.name} in {entry.file} differs from the plan; the result is damaged.")

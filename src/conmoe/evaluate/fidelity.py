@@ -24,6 +24,9 @@ from conmoe.source import Source, open_source
 from conmoe.stream import LOGIT_TOKENS, Stream, open_stream
 from conmoe.types import UsageError
 
+#: Tensors of a consolidated checkpoint that say where things are, not what they weigh.
+_TABLES = ("expert_map", "expert_gain", "expert_skip", "static_gate", "gate_index", "up_index", "down_index")
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -197,10 +200,10 @@ def _measured(values: Tensor) -> Measured:
 
 
 def _size(source: Source) -> tuple[int, int]:
-    """Parameters and bytes on disk; maps and gains count as bytes, not as parameters."""
+    """Parameters and bytes on disk; maps, gains and the like count as bytes, not as parameters."""
     parameters = bytes_ = 0
     for entry in source.entries.values():
         bytes_ += entry.nbytes
-        if not entry.name.endswith(("expert_map", "expert_gain")):
+        if not entry.name.endswith(_TABLES):
             parameters += math.prod(entry.shape)
     return parameters, bytes_

@@ -18,6 +18,8 @@
 * ``static``: the layer is condensed. It has no router: so many experts answer every token, with the gates
   ``static_gate``.
 * ``skip``: chosen experts are skipped where their gate is below ``expert_skip`` times the highest of their token.
+* ``factors``: each expert matrix is a low rank plus some whole rows or columns; for ``gate``, ``up`` and ``down`` the
+  rank, the number of lines kept in all experts together, and their ``structure``.
 
 This file is copied next to the weights, so it needs nothing but torch and transformers.
 """
@@ -42,7 +44,10 @@ from transformers.conversion_mapping import (
 PREFIX = "Conmoe"
 COUNT_FIELDS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 #: The tensors that a consolidated checkpoint has beside those of its family.
-OWN_TENSORS = ("expert_map", "expert_gain", "expert_skip", "static_gate", "constant_experts")
+OWN_TENSORS = (
+    *("expert_map", "expert_gain", "expert_skip", "static_gate", "constant_experts"),
+    *(f"{matrix}_{part}" for matrix in ("gate", "up", "down") for part in ("left", "right", "values", "index")),
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -100,6 +105,9 @@ class ConsolidatedModel(PreTrainedModel):
                 _condense(block, experts, router, logical, departure["static"])
                 continue
             _resize(experts, logical, size)
+            if "factors" in departure:
+                experts = FactoredExperts(experts, departure["factors"])
+                block.experts = experts
             rows = departure.get("rows", logical)
             if rows != logical:
                 _cut_rows(block, router, logical, rows)
@@ -252,6 +260,72 @@ class ConstantExperts(nn.Module):
         silent = index_Tk.clamp(max=self.num_experts), weight_Tk.masked_fill(constant_Tk, 0)
         out_TD: Tensor = super().forward(hidden_TD, *silent)
         return out_TD + gate_TC.to(out_TD.dtype) @ self.constant_experts.to(out_TD.dtype)
+
+
+class FactoredExperts(nn.Module):
+    """Experts whose matrices are ``left @ right`` plus some whole rows or columns; no matrix is ever put together.
+
+    ``values`` holds these lines of all experts one after the other, ``index`` says which they are: ``expert * lines +
+    line``, ascending, where ``lines`` is the number of rows (or columns) of one matrix.
+    """
+
+    def __init__(self, dense: nn.Module, factors: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.num_experts = len(next(dense.parameters()))
+        self.is_concatenated, self.has_gate, self.has_bias = dense.is_concatenated, True, dense.has_bias
+        self.structures = {matrix: str(found["structure"]) for matrix, found in factors.items()}
+        down = next(tensor for name, tensor in dense.named_parameters() if name.endswith("down_proj"))
+        out_features, inner = down.shape[1:] if not dense.is_transposed else down.shape[:0:-1]
+        self.shapes = {"gate": (inner, out_features), "up": (inner, out_features), "down": (out_features, inner)}
+        for matrix, found in factors.items():
+            outputs, inputs = self.shapes[matrix]
+            rank, kept, rows = found["rank"], found["kept"], found["structure"] == "rows"
+            for name, shape in {
+                "left": (self.num_experts, outputs, rank),
+                "right": (self.num_experts, rank, inputs),
+                "values": (kept, inputs if rows else outputs),
+            }.items():
+                empty = torch.zeros(shape, dtype=down.dtype, device=down.device)
+                self.register_parameter(f"{matrix}_{name}", nn.Parameter(empty))
+            self.register_buffer(f"{matrix}_index", torch.zeros(kept, dtype=torch.int64))
+            if self.has_bias:
+                empty = torch.zeros(self.num_experts, outputs, dtype=down.dtype, device=down.device)
+                self.register_parameter(f"{matrix}_bias", nn.Parameter(empty))
+        for name, _ in list(dense.named_parameters()):
+            delattr(dense, name)
+        self.__dict__["_dense"] = dense  # for its activation; not a submodule, it has no tensors left
+
+    def forward(self, hidden_TD: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+        out_TD = torch.zeros_like(hidden_TD)
+        for expert in index_Tk.unique().tolist():
+            if expert < self.num_experts:
+                token_n, slot_n = torch.where(index_Tk == expert)
+                x_nD = hidden_TD[token_n]
+                gate_nI, up_nI = self._product("gate", expert, x_nD), self._product("up", expert, x_nD)
+                hidden_nI = self.__dict__["_dense"]._apply_gate(self._joined(gate_nI, up_nI))
+                answer_nD = self._product("down", expert, hidden_nI) * weight_Tk[token_n, slot_n, None]
+                out_TD.index_add_(0, token_n, answer_nD.to(out_TD.dtype))
+        return out_TD
+
+    def _joined(self, gate_nI: Tensor, up_nI: Tensor) -> Tensor:
+        if self.is_concatenated:
+            return torch.cat((gate_nI, up_nI), dim=-1)
+        return torch.stack((gate_nI, up_nI), dim=-1).flatten(-2)
+
+    def _product(self, matrix: str, expert: int, x_nI: Tensor) -> Tensor:
+        left_Or, right_rI = self.get_parameter(f"{matrix}_left")[expert], self.get_parameter(f"{matrix}_right")[expert]
+        values_SA, index_S = self.get_parameter(f"{matrix}_values"), self.get_buffer(f"{matrix}_index")
+        rows = self.structures[matrix] == "rows"
+        lines = self.shapes[matrix][0 if rows else 1]
+        bounds = torch.tensor([expert, expert + 1], device=index_S.device) * lines
+        first, last = torch.searchsorted(index_S, bounds).tolist()
+        values_sA, line_s = values_SA[first:last], index_S[first:last] - expert * lines
+        y_nO = nn.functional.linear(nn.functional.linear(x_nI, right_rI), left_Or)
+        if rows:
+            y_nO = y_nO.index_add(1, line_s, nn.functional.linear(x_nI, values_sA))
+        else:
+            y_nO = y_nO + x_nI[:, line_s] @ values_sA
+        return y_nO + self.get_parameter(f"{matrix}_bias")[expert] if self.has_bias else y_nO
 
 
 class StaticRouter(nn.Module):
