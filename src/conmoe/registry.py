@@ -43,6 +43,7 @@ class Method:
     form: Form  # how a result is stored unless the user says otherwise
     promises_lossless_duplicates: bool  # duplicated experts are consolidated without changing the layer's output
     drops_if: tuple[str, Any] | None  # the option value by which it drops experts, though it redirects otherwise
+    condenses: bool  # its layers lose their routers: the experts kept answer every token, and there may be none
     options: Mapping[str, Option]
 
     @property
@@ -124,6 +125,7 @@ def method(
     form: Form = "shared",
     promises_lossless_duplicates: bool = False,
     drops_if: tuple[str, Any] | None = None,
+    condenses: bool = False,
 ) -> Callable[[Function], Function]:
     """Register ``(statistics, experts, keep, *, options) -> LayerPlan`` under ``name``.
 
@@ -131,8 +133,9 @@ def method(
     """
 
     def register(function: Function) -> Function:
+        options = _options(function)
         _methods.add(
-            Method(name, function, paper, needs, form, promises_lossless_duplicates, drops_if, _options(function))
+            Method(name, function, paper, needs, form, promises_lossless_duplicates, drops_if, condenses, options)
         )
         return function
 
