@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -479,9 +480,7 @@ def test_a_model_or_text_that_does_not_fit(compressed, checkpoint, tmp_path):
 
 
 def test_without_accelerate_the_extra_is_named(compressed, tmp_path, monkeypatch):
-    import conmoe.tune as room
-
-    monkeypatch.setattr(room, "is_accelerate_available", lambda: False)
+    monkeypatch.setattr(import_module("conmoe.tune"), "is_accelerate_available", lambda: False)
     with pytest.raises(conmoe.UsageError, match=re.escape('pip install "conmoe[tune]"')):
         tune(compressed("olmoe", "shared"), tmp_path / "out", text(), FAST, Quiet())
 
@@ -517,3 +516,13 @@ def test_a_trained_model_gets_better_on_text_it_has_not_seen(mode, tmp_path):
     tuned = tune(tmp_path / "quarter", tmp_path / "out", data, options, Quiet(), against=model, held_out=held_out)
     assert tuned.after.kl.value < tuned.before.kl.value - 0.3
     assert tuned.after.loss.value < tuned.before.loss.value - 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["experts", "router"])
+def test_on_a_gpu_in_bfloat16(mode, compressed, checkpoint, tmp_path):
+    model = compressed("olmoe", "shared")
+    options = replace(FAST, mode=mode, epochs=4, device="cuda", gradient_checkpointing=True)
+    tuned = tune(model, tmp_path / "out", text(), options, Quiet(), against=checkpoint("olmoe"))
+    assert tuned.losses[-1] < tuned.losses[0]
+    assert all(ROUTED_EXPERTS.search(name) or ROUTER.search(name) for name in changed(model, tmp_path / "out"))
