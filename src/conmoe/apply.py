@@ -19,6 +19,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from conmoe import runtime
 from conmoe.artifacts import (
+    LABEL,
     building,
     checkpoint_fingerprint,
     fingerprint,
@@ -42,7 +43,7 @@ from conmoe.types import ConmoeError, Plan, UsageError
 PLAN_FOLDER = "conmoe"
 SHARD_BYTES = 4 * 2**30
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".tmp")
-_OWN_FILES = ("config.json", "README.md", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_OWN_FILES = (LABEL, "config.json", "README.md", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)

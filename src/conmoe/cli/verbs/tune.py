@@ -1,0 +1,116 @@
+"""``conmoe tune``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import conmoe
+from conmoe.cli import console, tables
+from conmoe.cli.app import verb
+from conmoe.cli.arguments import Data, Device, Dtype, Force, Json, Model, Remote, Seed
+from conmoe.cli.console import say
+
+#: CD-MoE's amount of text, 10,000 sequences of 256 tokens; the text that comes with conmoe is shorter.
+TOKENS, BUILTIN_TOKENS = 2_560_000, 32_768
+
+
+@verb()
+def tune(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="experts: language modelling, only the experts of layers that the plan changed; router: only the "
+            "routers, towards the next-token distribution of --against."
+        ),
+    ] = "experts",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The checkpoint that MODEL was made from: the teacher of --mode router, and what held-out text is "
+            "compared with.",
+        ),
+    ] = None,
+    data: Data = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help=f"Tokens to train on; {TOKENS:,}, or {BUILTIN_TOKENS:,} of built-in text."
+        ),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per sequence.")] = 256,
+    seed: Seed = 0,
+    evaluate_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", metavar="SPEC", help="Held-out text to measure on; by default built-in text."),
+    ] = None,
+    evaluate_tokens: Annotated[
+        int, typer.Option("--eval-tokens", metavar="N", min=0, help="Tokens to measure on; 0 measures nothing.")
+    ] = 8192,
+    learning_rate: Annotated[
+        float, typer.Option(min=0.0, help="The highest; it falls linearly to zero. Short runs want more, such as 1e-4.")
+    ] = 1e-5,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="How often the text is read.")] = 1,
+    warmup: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the steps over which the learning rate rises.")
+    ] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of both distributions, in --mode router.")] = 1.0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints to go on from.")] = 100,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    json: Json = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Train a few parameters of a compressed checkpoint on a little text. Loads the whole model; resumes.
+
+    Example: `conmoe tune olmoe-condensed olmoe-tuned --data c4.jsonl --learning-rate 1e-4`
+    """
+    from conmoe.cli import notes
+    from conmoe.cli.read import read_data, read_device, read_dtype, read_specs
+    from conmoe.tune import check
+
+    folder = conmoe.locate(model)
+    source = conmoe.locate(against) if against else None
+    options = conmoe.Tuning(
+        mode=mode,  # type: ignore[arg-type]
+        learning_rate=learning_rate,
+        batch=batch,
+        epochs=epochs,
+        warmup=warmup,
+        temperature=temperature,
+        seed=seed,
+        device=read_device(device),
+        dtype=read_dtype(dtype),
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        trust_remote_code=trust_remote_code,
+    )
+    check(folder, out, options, against=source, force=force)
+    read_specs(evaluate_data)
+    amount = tokens or (TOKENS if data else BUILTIN_TOKENS)
+    text = read_data(folder, data, amount, seq_len, seed, trust_remote_code)
+    held_out = None
+    if evaluate_tokens:
+        held_out = read_data(
+            folder, evaluate_data, evaluate_tokens, seq_len, seed, trust_remote_code, part="evaluation"
+        )
+        notes.overlapping(held_out, text.documents)
+    tuned = conmoe.tune(folder, out, text, options, console.Bars(), against=source, held_out=held_out, force=force)
+    if json:
+        console.emit(tuned.as_json())
+        return
+    if tuned.before and tuned.after:
+        rows = [("before", "", tuned.before), ("after", "", tuned.after)]
+        console.stdout.print(tables.fidelity_table(f"{tuned.after.tokens:,} held-out tokens", rows))
+    moved = f"{tuned.tensors} tensors, {tables.quantity(tuned.parameters)} parameters"
+    say(f"{out}: {moved}, tuned in {tuned.steps} steps.")
