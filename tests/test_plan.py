@@ -16,6 +16,8 @@ from tests.families import EXPERTS, TINY, save_tiny
 from tests.results import by_layer, kept
 
 METHODS = sorted(conmoe.methods())
+#: A layer that is condensed answers as a whole, and has no place for a protected expert.
+PROTECTING = [name for name, method in conmoe.methods().items() if not method.condenses]
 GROUPED = ["deepseek_v2", "deepseek_v3", "glm4_moe"]
 
 
@@ -87,6 +89,7 @@ def plan_of(family: str, checkpoint: Checkpoint, calibrated: Checkpoint, **reque
         ({"method": "conmoe", "keep": "1", "form": "sliced"}, "keep at least 2 in the sliced form"),
         ({"scope": 0}, "--scope takes a number"),
         ({"method": "reap", "scope": 2}, "no sliced form"),
+        ({"method": "cd-moe", "form": "sliced"}, "condenses layers, which the sliced form cannot hold"),
         ({"protect": ("0:8",)}, "LAYER:EXPERT of this model, not '0:8'"),
         ({"protect": ("2:0",)}, "not '2:0'"),
         ({"protect": ("everything",)}, "not 'everything'"),
@@ -118,12 +121,11 @@ def test_statistics_of_another_model_are_refused(checkpoint, calibrated, tmp_pat
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_covers_every_layer_and_is_the_same_again(method, checkpoint, calibrated, tmp_path):
-    request = conmoe.Request(method=method, keep="3")
-    layers = []
-    plan = conmoe.plan(checkpoint("mixtral"), calibrated("mixtral"), tmp_path / "plan", request, advance=layers.append)
-    assert sum(layers) == len(by_layer(plan)) == 2
+    request = conmoe.Request(method=method, keep="3", budget="uniform")
+    plan = conmoe.plan(checkpoint("mixtral"), calibrated("mixtral"), tmp_path / "plan", request)
+    assert len(by_layer(plan)) == 2
     again, read = (
-        plan_of("mixtral", checkpoint, calibrated, method=method, keep="3"),
+        plan_of("mixtral", checkpoint, calibrated, method=method, keep="3", budget="uniform"),
         conmoe.read_plan(tmp_path / "plan"),
     )
     for index, part in by_layer(plan).items():
@@ -151,19 +153,30 @@ def test_the_registries_are_functions_of_the_package_for_good():
 # Protected experts --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+def answers_for_itself(part, expert) -> bool:
+    """Whether an expert of a plan is a copy of the source's, and of no other."""
+    return torch.equal(part.mixing_KE[part.assignment_E[expert]], torch.eye(EXPERTS, dtype=torch.float64)[expert])
+
+
+@pytest.mark.parametrize("method", PROTECTING)
 def test_protected_experts_stay_and_answer_for_themselves(method, checkpoint, calibrated):
     for family, layers in (("olmoe", (0, 1)), ("glm4_moe", (1, 2))):
-        free = plan_of(family, checkpoint, calibrated, method=method, protect=("none",))
+        free = plan_of(family, checkpoint, calibrated, method=method, budget="uniform", protect=("none",))
         for expert in range(EXPERTS):
             protect = (f"{layers[1]}:{expert}",)
-            plan = plan_of(family, checkpoint, calibrated, method=method, protect=protect)
+            plan = plan_of(family, checkpoint, calibrated, method=method, budget="uniform", protect=protect)
             assert plan.protected == {layers[1]: (expert,)}
             part = by_layer(plan)[layers[1]]
             assert len(part.mixing_KE) == EXPERTS // 2
-            assert kept(part)[part.assignment_E[expert]] == expert
+            assert answers_for_itself(part, expert)
             assert torch.equal(by_layer(plan)[layers[0]].assignment_E, by_layer(free)[layers[0]].assignment_E)
         assert free.protected == {}
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(PROTECTING)))
+def test_condensed_layers_protect_nobody(method, checkpoint, calibrated):
+    with pytest.raises(conmoe.UsageError, match="no expert can be protected"):
+        plan_of("olmoe", checkpoint, calibrated, method=method, protect=("0:1",))
 
 
 def test_too_many_protected_experts_are_refused(checkpoint, calibrated):
@@ -182,7 +195,7 @@ def test_protected_experts_of_a_scope(checkpoint, calibrated):
         assert len(part.mixing_KE) == EXPERTS // 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROTECTING)
 def test_super_experts_are_found_and_protected_by_default(method, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint("olmoe"), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -192,7 +205,7 @@ def test_super_experts_are_found_and_protected_by_default(method, checkpoint, tm
     request = conmoe.Request(method=method, keep="2")
     plan = conmoe.plan(folder, tmp_path / "stats", request=request)
     assert plan.protected == {0: (5,)}
-    assert 5 in kept(by_layer(plan)[0])
+    assert answers_for_itself(by_layer(plan)[0], 5)
     both = conmoe.Request(method=method, keep="3", protect=("super", "0:1"))
     assert conmoe.plan(folder, tmp_path / "stats", request=both).protected == {0: (1, 5)}
 
@@ -205,20 +218,28 @@ def test_ordinary_models_have_no_super_experts(family, checkpoint, calibrated):
 # Router groups ------------------------------------------------------------------------------------------------------
 
 
+def group_of(part) -> torch.Tensor:
+    """The router group of each prototype, none of which is made of experts of two."""
+    used_Kg = (part.mixing_KE != 0).view(len(part.mixing_KE), 2, EXPERTS // 2).any(dim=2)
+    assert bool((used_Kg.sum(dim=1) == 1).all())
+    return used_Kg.int().argmax(dim=1)
+
+
 def per_group(part) -> list[int]:
-    return torch.bincount(torch.tensor(kept(part)) // (EXPERTS // 2), minlength=2).tolist()
+    return torch.bincount(group_of(part), minlength=2).tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROTECTING)
 @pytest.mark.parametrize("family", GROUPED)
 def test_each_router_group_keeps_equally_many(family, method, checkpoint, calibrated):
     for keep in (4, 6):
-        plan = plan_of(family, checkpoint, calibrated, method=method, keep=str(keep), form="sliced")
+        request = {"method": method, "keep": str(keep), "form": "sliced", "budget": "uniform"}
+        plan = plan_of(family, checkpoint, calibrated, **request)
         assert [per_group(part) for part in by_layer(plan).values()] == [[keep // 2] * 2] * 2
         for part in by_layer(plan).values():
-            answers = torch.tensor(kept(part))[part.assignment_E.clamp_min(0)] // 4
-            alive = part.assignment_E >= 0
-            assert torch.equal(answers[alive], (torch.arange(EXPERTS) // 4)[alive])
+            alive = (part.assignment_E >= 0) & (part.assignment_E < keep)
+            answers = group_of(part)[part.assignment_E[alive]]
+            assert torch.equal(answers, (torch.arange(EXPERTS) // 4)[alive])
 
 
 @pytest.mark.parametrize("family", GROUPED)

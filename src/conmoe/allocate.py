@@ -1,9 +1,12 @@
-"""A budget over layers: how many prototypes each scope keeps."""
+"""The arithmetic of budgets: what ``--keep`` means, and counts for each scope that add up to it."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from conmoe.types import UsageError
 
@@ -49,3 +52,31 @@ def uniform(keep: float | int, experts: int, layers_per_scope: list[int]) -> lis
         experts_kept(keep, experts * width) if isinstance(keep, float) else experts_kept(keep, experts) * width
         for width in layers_per_scope
     ]
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """``"12,16,16"``: the prototypes of each scope one by one; nothing for the name of a budget."""
+    return tuple(int(part) for part in text.split(",")) if re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text) else ()
+
+
+def spread(value: Sequence[Tensor], total: int, floor: Sequence[int], cap: Sequence[int], step: int = 1) -> list[int]:
+    """Counts of each scope, ``total`` in all, by which the experts of highest value over all scopes stay.
+
+    Args:
+        value: of each scope, what its experts are worth; infinity for those that stay in any case.
+        total: how many stay; at least what ``floor`` adds up to.
+        floor: the fewest of each scope.
+        cap: the experts of each scope.
+        step: counts above the floor grow by so many at once, which are valued together.
+
+    Ties go to the earlier scope.
+    """
+    blocks: list[tuple[float, int]] = []
+    for scope, worth_E in enumerate(value):
+        ranked_E = worth_E.double().sort(descending=True).values
+        for start in range(floor[scope], cap[scope] - step + 1, step):
+            blocks.append((-float(ranked_E[start : start + step].sum()), scope))
+    counts = list(floor)
+    for _, scope in sorted(blocks)[: (total - sum(floor)) // step]:
+        counts[scope] += step
+    return counts

@@ -1,12 +1,15 @@
 """The public functions and types, which are those of the package itself, and what Transformers is taught."""
 
 # A package that is imported later would take the place of a function of its name.
+import conmoe.budgets
 import conmoe.methods
 import conmoe.statistics  # noqa: F401
 from conmoe import __version__
 from conmoe.apply import Applied, apply
 from conmoe.artifacts import read_manifest, read_plan, write_json
+from conmoe.bench import bench
 from conmoe.calibrate import Calibration, calibrate, merge_statistics
+from conmoe.candidates import Candidate, parse_candidates
 from conmoe.compress import Result, calibration_documents, check, compress
 from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, parse_spec
 from conmoe.demo import PROMPT as DEMO_PROMPT
@@ -15,9 +18,12 @@ from conmoe.evaluate import Fidelity, Measured, evaluate
 from conmoe.generate import generate
 from conmoe.inspect import Inspection, inspect
 from conmoe.locate import locate
-from conmoe.plan import Request, plan
-from conmoe.registry import methods, statistics
+from conmoe.plan import plan
+from conmoe.registry import budgets, methods, statistics
+from conmoe.request import Request
+from conmoe.results import Bench, load_bench
 from conmoe.runtime import register as _register
+from conmoe.tune import Tuned, Tuning, tune
 from conmoe.types import ConmoeError, UsageError
 from conmoe.verify import verify
 
@@ -26,7 +32,9 @@ _register()
 __all__ = [
     "DEMO_PROMPT",
     "Applied",
+    "Bench",
     "Calibration",
+    "Candidate",
     "ConmoeError",
     "DataSpec",
     "Demo",
@@ -36,9 +44,13 @@ __all__ = [
     "Request",
     "Result",
     "TokenData",
+    "Tuned",
+    "Tuning",
     "UsageError",
     "__version__",
     "apply",
+    "bench",
+    "budgets",
     "calibrate",
     "calibration_documents",
     "check",
@@ -47,16 +59,19 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect",
+    "load_bench",
     "load_tokenizer",
     "load_tokens",
     "locate",
     "merge_statistics",
     "methods",
+    "parse_candidates",
     "parse_spec",
     "plan",
     "read_manifest",
     "read_plan",
     "statistics",
+    "tune",
     "verify",
     "write_json",
 ]

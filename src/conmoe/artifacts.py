@@ -98,6 +98,8 @@ class PlanRecord(Record):
     protected: dict[int, tuple[int, ...]]
     source: str
     statistics: str
+    budget: str = "uniform"
+    budget_options: dict[str, Any] = {}
     scopes: tuple[ScopeRecord, ...]
 
 
@@ -300,7 +302,8 @@ def plan_record(plan: Plan) -> PlanRecord:
         for scope in plan.scopes
     )
     fields = {name: getattr(plan, name) for name in PlanRecord.model_fields if name not in ("format", "scopes")}
-    return PlanRecord(**{**fields, "options": dict(plan.options), "protected": dict(plan.protected)}, scopes=scopes)
+    copied = {name: dict(fields[name]) for name in ("options", "budget_options", "protected")}
+    return PlanRecord(**{**fields, **copied}, scopes=scopes)
 
 
 def kept_experts(plan: LayerPlan) -> list[int | None]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from conmoe.apply import PLAN_FOLDER, Applied, applying
 from conmoe.artifacts import (
@@ -30,23 +30,16 @@ from conmoe.data import TokenData
 from conmoe.evaluate import Fidelity, evaluate
 from conmoe.forms import is_approximate
 from conmoe.parallel import refuse_several
-from conmoe.plan import Request, check_request, plan
+from conmoe.plan import plan
+from conmoe.progress import Progress as Progress
 from conmoe.registry import Form
+from conmoe.request import Request, check_request
 from conmoe.source import check_compressible, open_source
 from conmoe.types import ConmoeError, Plan, UsageError
 from conmoe.verify import verify
 
 RESULTS = "results.json"
 PLAN_KEY = "plan.key"
-
-
-class Progress(Protocol):
-    """What a long step reports to: ``stage(name, total, unit)`` gives a function that is told what was done, and the
-    total with it where that is 0 at first."""
-
-    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[..., None]]: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +62,8 @@ class Result:
             "source_bytes": self.applied.source_bytes,
             "method": self.plan.method,
             "keep": self.plan.keep,
+            "budget": self.plan.budget,
+            "budget_options": record["budget_options"],
             "options": record["options"],
             "protected": record["protected"],
             "predicted_error": {str(scope["layers"][0]): scope["predicted_error"] for scope in record["scopes"]},
@@ -133,8 +128,7 @@ def compress(
         progress.note(f"The plan in {work / 'plan'} matches; not planning again.")
         made = read_plan(work / "plan")
     else:
-        with progress.stage("plan", len(source.layers), "layers") as advance:
-            made = plan(model, statistics, work / "plan", request, force=True, advance=advance)
+        made = plan(model, statistics, work / "plan", request, force=True, progress=progress)
         write_atomic(work / PLAN_KEY, asked)
 
     with ExitStack() as until_named:  # a result has its name only when it is verified and measured

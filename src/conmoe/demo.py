@@ -10,13 +10,14 @@ from pathlib import Path
 from conmoe.apply import apply
 from conmoe.artifacts import building, write_atomic
 from conmoe.calibrate import Calibration, calibrate
-from conmoe.compress import Progress
 from conmoe.data import load_tokenizer, load_tokens
 from conmoe.evaluate import Fidelity, evaluate
 from conmoe.generate import generate
 from conmoe.methods import DEFAULT_METHOD
-from conmoe.plan import Request, plan
+from conmoe.plan import plan
+from conmoe.progress import Progress
 from conmoe.registry import Form
+from conmoe.request import Request
 
 METHODS = (DEFAULT_METHOD, "reap", "frequency")
 KEEP = "0.5"

@@ -1,4 +1,4 @@
-"""Budget x method over layers: statistics and weights in, a checked plan out.
+"""Budget x method over layers: statistics and weights in, a plan out.
 
 What every method would have to know otherwise is done here, around it: scopes become one wide layer, protected experts
 are taken out and kept, and each group of a grouped router is planned for itself.
@@ -7,9 +7,10 @@ are taken out and kept, and each group of a grouped router is planned for itself
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from conmoe import __version__
-from conmoe.allocate import experts_kept, parse_keep, uniform
 from conmoe.artifacts import (
     PLAN_JSON,
     Manifest,
@@ -30,32 +30,27 @@ from conmoe.artifacts import (
     refuse_overlap,
     write_plan,
 )
-from conmoe.forms import check_groups
-from conmoe.methods import DEFAULT_METHOD
+from conmoe.budgets import Context
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import select, tensors
 from conmoe.ops.outliers import super_experts
 from conmoe.ops.plans import embed, identity
 from conmoe.ops.subsets import join_layers, restrict
-from conmoe.registry import Form, Method, bind_options, get_method
-from conmoe.source import check_compressible, open_source, outline_experts, read_experts
-from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError, sample_tensors
-
-Protected = Mapping[int, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked of a plan."""
-
-    method: str = DEFAULT_METHOD
-    keep: str = "0.5"
-    options: Mapping[str, Any] | None = None
-    protect: tuple[str, ...] = ("super",)
-    scope: int = 1
-    form: Form | None = None
-    device: str = "cpu"
-    trust_remote_code: bool = False
+from conmoe.progress import SILENT, Progress
+from conmoe.registry import Form, Method
+from conmoe.request import (
+    Asked,
+    Protected,
+    Request,
+    check_floor,
+    check_protected,
+    check_request,
+    floor,
+    named_experts,
+    positions,
+)
+from conmoe.source import Source, check_compressible, open_source, outline_experts, read_experts
+from conmoe.types import ConmoeError, Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError, sample_tensors
 
 
 def plan(
@@ -65,7 +60,7 @@ def plan(
     request: Request = Request(),
     *,
     force: bool = False,
-    advance: Callable[[int], None] = lambda layers: None,
+    progress: Progress = SILENT,
 ) -> Plan:
     """Decide which prototypes stay and who answers for whom.
 
@@ -75,7 +70,7 @@ def plan(
         out: a folder for the plan; None to return it only. A killed run goes on at the first unplanned layer.
         request: method, budget and options.
         force: replace ``out`` if it exists.
-        advance: called with the number of layers planned since the last call.
+        progress: where the stages report to: the budget's own, if it has any, and ``plan``.
 
     Raises:
         UsageError: the statistics belong to another model, or the request cannot be met.
@@ -86,96 +81,118 @@ def plan(
     name = checkpoint_fingerprint(source.folder, source.files)
     if manifest.model != name:
         raise UsageError(f"{statistics} was made from another checkpoint than {model}; calibrate this one.")
-    method, options, budgets, scopes = check_request(source.layers, request)
-    _check_needs(method, read_layer(statistics, source.layers[0].index), statistics)
+    asked = check_request(source.layers, request)
+    _check_needs(asked.method, read_layer(statistics, source.layers[0].index), statistics)
     if out is not None:
         refuse_overlap(out, model)
-    protected = _protected(source.layers, statistics, request.protect)
-
-    def decide(layers: list[MoeLayer], keep: int) -> ScopePlan:
-        read = read_experts if "weights" in method.needs else outline_experts
-        loaded = [_load(read(source, layer), read_layer(statistics, layer.index), request.device) for layer in layers]
-        wide_statistics, wide_experts = join_layers([part for part, _ in loaded], [part for _, part in loaded])
-        cut = "sliced" in (request.form, method.form_with(options))  # router rows are
-        groups = layers[0].groups if cut else 1
-        held = _positions(layers, protected)
-        layer_plan = plan_layer(method, wide_statistics, wide_experts, keep, held, groups, options)
-        return ScopePlan(tuple(layer.index for layer in layers), layer_plan)
-
-    def assemble(done: list[ScopePlan]) -> Plan:
-        return _assemble(done, request, method, options, protected, manifest)
+    protected = _protected(source.layers, asked, statistics, request.protect)
+    least = floor(asked, protected)
+    if not asked.budget.even:
+        check_floor(asked, least)
 
     key = fingerprint([manifest.fingerprint, asdict(request)])
     with nullcontext(None) if out is None else building(out, force=force, key=key) as folder:
+        scope_plans = _ScopePlans(source, statistics, asked, protected, request, manifest, folder)
+        context = Context(
+            source=source,
+            statistics=statistics,
+            scopes=asked.scopes,
+            request=request,
+            method=asked.method,
+            options=asked.options,
+            uniform=asked.counts,
+            floor=least,
+            cap=asked.cap,
+            step=asked.groups,
+            plan_scope=scope_plans,
+            assemble=partial(_assemble, asked=asked, request=request, protected=protected, manifest=manifest),
+            work=folder,
+            progress=progress,
+        )
+        counts = share_out(context, asked)
+        form = _form(asked, counts, len(source.layers))
+        if form != (request.form or asked.method.form_with(asked.options)):
+            progress.note(f"Not all layers keep equally many experts, so the result will be stored in the {form} form.")
         done: list[ScopePlan] = []
-        for layers, keep in zip(scopes, budgets, strict=True):
-            part = folder and folder / f"layer-{layers[0].index:05}"
-            if part and (part / PLAN_JSON).is_file():
-                done += read_plan(part).scopes
-            else:
-                done.append(decide(layers, keep))
-                if part:
-                    part.mkdir(exist_ok=True)
-                    write_plan(part, assemble(done[-1:]))
-            advance(len(layers))
+        with progress.stage("plan", sum(len(scope) for scope in asked.scopes), "layers") as advance:
+            for position, (scope, count) in enumerate(zip(asked.scopes, counts, strict=True)):
+                done.append(scope_plans(position, count))
+                advance(len(scope))
+        made = replace(context.assemble(done), default_form=form)
         if folder:
-            write_plan(folder, assemble(done))
+            write_plan(folder, made)
             for part in folder.glob("layer-*"):
                 shutil.rmtree(part)
-    return assemble(done)
+    return made
 
 
-def check_request(
-    layers: Sequence[MoeLayer], request: Request
-) -> tuple[Method, dict[str, Any], list[int], list[list[MoeLayer]]]:
-    """Everything about a request that can be refused before any work: method, options, budget, scopes.
+def share_out(context: Context, asked: Asked) -> list[int]:
+    """The prototypes of each scope, as the budget has it.
 
-    Returns:
-        the method, its options, the prototypes of each scope, and the layers of each scope.
+    Raises:
+        ConmoeError: the budget gave what it may not.
     """
-    method = get_method(request.method)
-    options = bind_options(method, request.options or {})
-    keep = parse_keep(request.keep)
-    first = layers[0]
-    if request.scope < 1:
-        raise UsageError(f"--scope takes a number of neighbouring layers, not {request.scope}.")
-    form = request.form or method.form_with(options)
-    drops = method.form_with(options) == "sliced" and experts_kept(keep, first.logical) < first.logical
-    if drops and form == "expanded":
-        raise UsageError(
-            f"{method.name!r} drops experts, which the expanded form cannot take out of the router; use --form sliced "
-            "or --form shared."
+    if asked.counts == asked.cap:
+        return list(asked.cap)
+    counts: list[int] = asked.budget.function(context, **asked.budget_options)
+    bounds = zip(counts, context.floor, context.cap, strict=True)
+    inside = sum(counts) <= context.total and all(least <= count <= cap for count, least, cap in bounds)
+    if not inside and tuple(counts) != asked.counts:  # the user's own counts were checked before
+        raise ConmoeError(
+            f"The budget {asked.budget.name!r} shared out {counts}, which is out of bounds; this is a bug."
         )
-    if request.scope > 1 and form == "sliced":
-        raise UsageError("Layers that share a pool of prototypes have no sliced form; use --form shared.")
-    if form == "sliced" or drops:
-        count = experts_kept(keep, first.logical)
-        if count < first.top_k:
-            raise UsageError(
-                f"--keep {request.keep} leaves {count} experts, but every token goes to {first.top_k}; keep at least "
-                f"{first.top_k} in the sliced form, or use --form shared with a method that remaps."
-            )
-        if first.groups > 1:
-            check_groups(first, count)
-    scopes = [list(layers[start : start + request.scope]) for start in range(0, len(layers), request.scope)]
-    budgets = uniform(keep, first.logical, [len(scope) for scope in scopes])
-    named = _named(layers, request.protect)
-    groups = first.groups if form == "sliced" or drops else 1
-    for scope, budget in zip(scopes, budgets, strict=True):
-        check_protected(_positions(scope, named), budget, groups, len(scope) * first.logical)
-    return method, options, budgets, scopes
+    return counts
 
 
-def check_protected(held: Sequence[int], keep: int, groups: int, experts: int) -> None:
-    """Raise a UsageError if the protected experts leave a method nothing to choose, in any group of the router."""
-    size = experts // groups
-    for group in range(groups):
-        count = sum(group * size <= expert < (group + 1) * size for expert in held)
-        if count >= keep // groups and count < size:
-            raise UsageError(
-                f"{count} experts are protected where {keep // groups} may stay; keep more, or protect fewer "
-                "(--protect none protects nobody)."
-            )
+def _form(asked: Asked, counts: Sequence[int], layers: int) -> Form:
+    """How the result is stored unless the user says otherwise: only the shared form holds layers of several sizes."""
+    planned = sum(len(scope) for scope in asked.scopes)
+    ragged = len(set(counts)) > 1 or (planned < layers and tuple(counts) != asked.cap)
+    return "shared" if asked.form == "sliced" and ragged else asked.form
+
+
+class _ScopePlans:
+    """``(which scope, prototypes) -> its plan``: each is made once, and outlives a killed run if there is a folder."""
+
+    def __init__(
+        self,
+        source: Source,
+        statistics: Path,
+        asked: Asked,
+        protected: Protected,
+        request: Request,
+        manifest: Manifest,
+        folder: Path | None,
+    ) -> None:
+        self._source, self._statistics, self._asked, self._protected = source, statistics, asked, protected
+        self._request, self._manifest, self._folder = request, manifest, folder
+        self._made: dict[tuple[int, int], ScopePlan] = {}
+
+    def __call__(self, position: int, keep: int) -> ScopePlan:
+        if (position, keep) in self._made:
+            return self._made[position, keep]
+        scope = self._asked.scopes[position]
+        part = self._folder and self._folder / f"layer-{scope[0].index:05}-{keep}"
+        if part and (part / PLAN_JSON).is_file():
+            made = read_plan(part).scopes[0]
+        else:
+            made = ScopePlan(tuple(layer.index for layer in scope), self._decide(scope, keep))
+            if part:
+                part.mkdir(exist_ok=True)
+                write_plan(part, _assemble([made], self._asked, self._request, self._protected, self._manifest))
+        if not (part and made.plan.weights):  # new weights are gigabytes, and lie on disk already
+            self._made[position, keep] = made
+        return made
+
+    def _decide(self, scope: Sequence[MoeLayer], keep: int) -> LayerPlan:
+        method, options, device = self._asked.method, self._asked.options, self._request.device
+        read = read_experts if "weights" in method.needs else outline_experts
+        loaded = [
+            _load(read(self._source, layer), read_layer(self._statistics, layer.index), device) for layer in scope
+        ]
+        wide_statistics, wide_experts = join_layers([part for part, _ in loaded], [part for _, part in loaded])
+        held = positions(scope, self._protected)
+        return plan_layer(method, wide_statistics, wide_experts, keep, held, self._asked.groups, options)
 
 
 def plan_layer(
@@ -240,53 +257,33 @@ def _check_needs(method: Method, found: LayerStatistics, folder: Path) -> None:
         raise UsageError(f"{folder} lacks the statistic {missing[0]!r}, which {method.name!r} needs; calibrate again.")
 
 
-def _protected(layers: Sequence[MoeLayer], folder: Path, protect: Sequence[str]) -> Protected:
-    """Decoder layer -> experts that must stay, from ``super``, ``none`` and ``LAYER:EXPERT``."""
-    chosen = {index: set(experts) for index, experts in _named(layers, protect).items()}
+def _protected(layers: Sequence[MoeLayer], asked: Asked, folder: Path, protect: Sequence[str]) -> Protected:
+    """Of the planned layers, the experts that must stay, from ``super``, ``none`` and ``LAYER:EXPERT``.
+
+    A layer that is condensed has no place for them.
+    """
+    chosen = {index: set(experts) for index, experts in named_experts(layers, protect).items()}
     if "super" in protect:
         peaks = torch.stack([read_layer(folder, layer.index).sums["peak"] for layer in layers])
         for position, expert in super_experts(peaks).nonzero().tolist():
             chosen.setdefault(layers[position].index, set()).add(expert)
-    return {index: tuple(sorted(chosen[index])) for index in sorted(chosen)}
-
-
-def _named(layers: Sequence[MoeLayer], protect: Sequence[str]) -> Protected:
-    """Decoder layer -> experts that are protected by name, which can be told before any statistics."""
-    chosen: dict[int, set[int]] = {}
-    known = {layer.index: layer.logical for layer in layers}
-    for text in protect:
-        if text not in ("super", "none"):
-            index, _, expert = text.partition(":")
-            if not (index.isdecimal() and expert.isdecimal() and int(expert) < known.get(int(index), 0)):
-                raise UsageError(f"--protect takes 'super', 'none' or LAYER:EXPERT of this model, not {text!r}.")
-            chosen.setdefault(int(index), set()).add(int(expert))
-    return {index: tuple(sorted(experts)) for index, experts in chosen.items()}
-
-
-def _positions(layers: Sequence[MoeLayer], protected: Protected) -> list[int]:
-    return [
-        position * layer.logical + expert
-        for position, layer in enumerate(layers)
-        for expert in protected.get(layer.index, ())
-    ]
+    planned = () if asked.method.condenses else (layer.index for scope in asked.scopes for layer in scope)
+    return {index: tuple(sorted(chosen[index])) for index in planned if index in chosen}
 
 
 def _assemble(
-    scopes: list[ScopePlan],
-    request: Request,
-    method: Method,
-    options: dict[str, Any],
-    protected: Protected,
-    manifest: Manifest,
+    scopes: Sequence[ScopePlan], asked: Asked, request: Request, protected: Protected, manifest: Manifest
 ) -> Plan:
     return Plan(
         scopes=tuple(scopes),
-        method=method.name,
-        options={**options, "scope": request.scope} if request.scope > 1 else options,
-        keep=request.keep,
-        default_form=request.form or method.form_with(options),
+        method=asked.method.name,
+        options={**asked.options, "scope": request.scope} if request.scope > 1 else asked.options,
+        keep=asked.keep,
+        default_form=asked.form,
         protected=protected,
         source=manifest.model,
         statistics=manifest.fingerprint,
         version=__version__,
+        budget=asked.budget.name,
+        budget_options=asked.budget_options,
     )

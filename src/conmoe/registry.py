@@ -1,4 +1,4 @@
-"""One small registry for methods and statistics: a decorator, and entry points for packages that bring their own."""
+"""One small registry for methods, statistics and budgets: a decorator, and entry points for packages with their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Form = Literal["shared", "sliced", "expanded"]
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of a method: a keyword-only argument of its function, explained where it is declared."""
+    """One option of a method or a budget: a keyword-only argument of its function, explained where it is declared."""
 
     name: str
     type: Any
@@ -44,6 +44,7 @@ class Method:
     promises_lossless_duplicates: bool  # duplicated experts are consolidated without changing the layer's output
     drops_if: tuple[str, Any] | None  # the option value by which it drops experts, though it redirects otherwise
     condenses: bool  # its layers lose their routers: the experts kept answer every token, and there may be none
+    budget: str  # how prototypes are shared out over the layers unless the user says otherwise
     options: Mapping[str, Option]
 
     @property
@@ -75,7 +76,23 @@ class Statistic:
         return inspect.getdoc(self.function) or ""
 
 
-Item = TypeVar("Item", Method, Statistic)
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A registered budget. ``function(context, **options)`` returns how many prototypes each scope keeps, given a
+    :class:`conmoe.budgets.Context`."""
+
+    name: str
+    function: Callable[..., list[int]]
+    paper: str
+    even: bool  # all layers keep equally many, which the sliced form asks for
+    options: Mapping[str, Option]
+
+    @property
+    def help(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+
+Item = TypeVar("Item", Method, Statistic, Budget)
 
 
 class _Registry(Generic[Item]):
@@ -110,9 +127,11 @@ class _Registry(Generic[Item]):
 
 _methods: _Registry[Method] = _Registry("method", "conmoe.methods")
 _statistics: _Registry[Statistic] = _Registry("statistic", "conmoe.statistics")
+_budgets: _Registry[Budget] = _Registry("budget", "conmoe.budgets")
 
 methods, get_method = _methods.all, _methods.get
 statistics, get_statistic = _statistics.all, _statistics.get
+budgets, get_budget = _budgets.all, _budgets.get
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -126,6 +145,7 @@ def method(
     promises_lossless_duplicates: bool = False,
     drops_if: tuple[str, Any] | None = None,
     condenses: bool = False,
+    budget: str = "uniform",
 ) -> Callable[[Function], Function]:
     """Register ``(statistics, experts, keep, *, options) -> LayerPlan`` under ``name``.
 
@@ -133,10 +153,18 @@ def method(
     """
 
     def register(function: Function) -> Function:
-        options = _options(function)
-        _methods.add(
-            Method(name, function, paper, needs, form, promises_lossless_duplicates, drops_if, condenses, options)
-        )
+        lossless, options = promises_lossless_duplicates, _options(function)
+        _methods.add(Method(name, function, paper, needs, form, lossless, drops_if, condenses, budget, options))
+        return function
+
+    return register
+
+
+def budget(name: str, *, paper: str = "", even: bool = False) -> Callable[[Function], Function]:
+    """Register ``(context, *, options) -> list[int]`` as the budget ``name``; its options are those of a method."""
+
+    def register(function: Function) -> Function:
+        _budgets.add(Budget(name, function, paper, even, _options(function)))
         return function
 
     return register
@@ -154,17 +182,17 @@ def statistic(
     return register
 
 
-def bind_options(method: Method, given: Mapping[str, str | Any]) -> dict[str, Any]:
+def bind_options(item: Method | Budget, given: Mapping[str, str | Any]) -> dict[str, Any]:
     """Defaults overridden by ``given``; text from the command line is converted to each option's type.
 
     Raises:
         UsageError: an option is unknown (the nearest name is offered) or its value does not fit.
     """
-    values = {option.name: option.default for option in method.options.values()}
+    values = {option.name: option.default for option in item.options.values()}
     for name, value in given.items():
-        if name not in method.options:
-            raise UsageError(unknown(f"option of {method.name}", name, method.options))
-        values[name] = _convert(method.options[name], value)
+        if name not in item.options:
+            raise UsageError(unknown(f"option of {item.name}", name, item.options))
+        values[name] = _convert(item.options[name], value)
     return values
 
 

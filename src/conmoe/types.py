@@ -199,6 +199,8 @@ class Plan:
     source: str  # fingerprint of the checkpoint
     statistics: str  # fingerprint of the statistics
     version: str
+    budget: str = "uniform"  # how the prototypes were shared out over the scopes; each scope's plan has its own
+    budget_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         layers = [layer for scope in self.scopes for layer in scope.layers]

@@ -37,8 +37,10 @@ def root(
         console.stdout.print(conmoe.__version__)
 
 
-def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Register a function as a command of its own name, or of ``name``.
+def verb(
+    name: str | None = None, cls: type[typer.core.TyperCommand] | None = None
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Register a function as a command of its own name, or of ``name``; ``cls`` reads its words in another way.
 
     Its annotated arguments are the command's, its docstring is its help and ends with an example. PyTorch and
     Transformers take seconds to import, so what stands on them is imported inside the function.
@@ -50,7 +52,7 @@ def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, N
             _prepare()
             function(*args, **kwargs)
 
-        return app.command(name)(call)
+        return app.command(name, cls=cls)(call)
 
     return register
 

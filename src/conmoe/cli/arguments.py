@@ -28,7 +28,27 @@ Sample = Annotated[
     typer.Option(metavar="N", min=1, help="Tokens of each layer's sample, which functional distances are measured on."),
 ]
 Keep = Annotated[
-    str, typer.Option(help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep.")
+    str | None,
+    typer.Option(
+        help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep, of the layers that are "
+        "planned. Needed unless --budget lists counts."
+    ),
+]
+Layers = Annotated[
+    str, typer.Option(metavar="LIST", help="Decoder layers to plan: 10-23,26. The others stay as they are.")
+]
+BudgetName = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        metavar="NAME",
+        help="How experts are shared out over the layers: see conmoe budgets. Or a count for each layer or scope that "
+        "is planned: 12,16,16. By default the method's own.",
+    ),
+]
+BudgetOptions = Annotated[
+    list[str] | None,
+    typer.Option("--budget-option", metavar="NAME=VALUE", help="An option of the budget. Repeatable."),
 ]
 MethodName = Annotated[str, typer.Option("--method", help="See conmoe methods.")]
 Options = Annotated[

@@ -34,7 +34,7 @@ class Bars:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-        """A bar that is told what was done, and the total with it where that is not known beforehand (0)."""
+        """A bar that is told what was done, what is next, and the total where that is not known beforehand (0)."""
         began = time.perf_counter()
         if stderr.is_terminal:
             columns = (
@@ -46,9 +46,13 @@ class Bars:
             )
             with Progress(*columns, console=stderr, transient=True) as progress:
                 task = progress.add_task(name, total=total or None, unit=unit)
-                yield lambda done, total=None: progress.update(task, advance=done, total=total)
+
+                def tell(done: float, total: float | None = None, doing: str | None = None) -> None:
+                    progress.update(task, advance=done, total=total, description=doing)
+
+                yield tell
         else:  # a file or a pipe would get an empty line from every bar
-            yield lambda done, total=None: None
+            yield lambda done, total=None, doing=None: None
         stderr.print(f"{name:<10} {time.perf_counter() - began:.1f} s")
 
     def note(self, text: str) -> None:

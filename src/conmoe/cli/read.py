@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from conmoe.allocate import parse_counts
 from conmoe.builtin_text import BUILTIN_NAME
 from conmoe.cli.console import say
 from conmoe.data import DataSpec, TokenData, check_tokenizer, load_tokenizer, load_tokens, parse_spec
 from conmoe.documents import first_line
 from conmoe.parallel import local_rank
-from conmoe.plan import Request
 from conmoe.registry import Form, get_method
+from conmoe.request import Request
 from conmoe.source import load_config, open_source
 from conmoe.types import UsageError
 
@@ -69,24 +70,43 @@ def own_share(amount: int) -> int:
 
 def read_request(
     method: str,
-    keep: str,
+    keep: str | None,
     option: list[str] | None,
     protect: list[str] | None,
     scope: int,
     form: str | None,
     device: str,
     trust_remote_code: bool,
+    layers: str = "",
+    budget: str = "",
+    budget_option: list[str] | None = None,
 ) -> Request:
-    options = {}
-    for text in option or []:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--option takes NAME=VALUE, not {text!r}.")
-        options[name] = value
+    if not keep and not parse_counts(budget):
+        raise UsageError("Missing option '--keep': how much stays, such as 0.5, or 48 experts of each layer.")
     get_method(method)
     return Request(
-        method, keep, options, tuple(protect or ["super"]), scope, read_form(form), device, trust_remote_code
+        method,
+        keep or "",
+        _read_options("--option", option),
+        tuple(protect or ["super"]),
+        scope,
+        read_form(form),
+        device,
+        trust_remote_code,
+        layers,
+        budget,
+        _read_options("--budget-option", budget_option),
     )
+
+
+def _read_options(name: str, given: list[str] | None) -> dict[str, str]:
+    options = {}
+    for text in given or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{name} takes NAME=VALUE, not {text!r}.")
+        options[key] = value
+    return options
 
 
 def read_form(text: str | None) -> Form | None:

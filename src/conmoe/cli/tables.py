@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,9 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from conmoe.report.numbers import size as size
+from conmoe.report.numbers import with_error
 
 if TYPE_CHECKING:
     from conmoe.evaluate import Fidelity, Measured
@@ -44,22 +46,7 @@ def facts(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def measured(number: Measured | None, *, percent: bool = False) -> str:
-    """A value and its standard error, to the second digit of the error where four decimals (of a share) show it."""
-    if number is None:
-        return "-"
-    scale, digits, unit = (100, 2, "%") if percent else (1, 4, "")
-    value, error = scale * number.value, scale * number.stderr
-    if 0 < error < math.inf:
-        digits = min(max(1 - math.floor(math.log10(error)), 1), digits)
-    shown = "" if math.isnan(error) else f" ± {error:.{digits}f}"
-    return f"{value:.{digits}f}{shown}{unit}"
-
-
-def size(nbytes: float) -> str:
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= step:
-            return f"{nbytes / step:.4g} {unit}"
-    return f"{nbytes:.0f} B"
+    return "-" if number is None else with_error(number.value, number.stderr, percent=percent)
 
 
 def quantity(number: float) -> str:

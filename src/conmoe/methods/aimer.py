@@ -21,7 +21,7 @@ def aimer(statistics: LayerStatistics, experts: Experts, keep: int) -> LayerPlan
     """
     flatness_E = _flatness(experts)
     plan = scores.prune_lowest(1.0 / flatness_E, statistics.owner_E, keep)
-    return replace(plan, scores={"mean_over_rms": flatness_E})
+    return replace(plan, scores={**plan.scores, "mean_over_rms": flatness_E})
 
 
 def _flatness(experts: Experts) -> Tensor:

@@ -30,7 +30,7 @@ Align = Annotated[
 Reference = Annotated[Literal["dominant", "first"], "whose order of hidden units: the dominant expert's, or expert 0's"]
 
 
-@method("m-smoe", paper="https://arxiv.org/abs/2310.01334", needs=NEEDS)
+@method("m-smoe", paper="https://arxiv.org/abs/2310.01334", needs=NEEDS, budget="dominant")
 def m_smoe(
     statistics: LayerStatistics,
     experts: Experts,
@@ -51,9 +51,9 @@ def m_smoe(
 
     Departures. The paper aligns every expert to expert 0 before it groups (``reference="first"`` aligns to it, after
     grouping, so ``grouping="weight"`` compares experts as they are); two experts are closer when aligned to one
-    another. Groups of one used expert are copies. The choice of dominant experts over all layers at once is a budget,
-    not part of this method; within a scope it is made as the paper does, and groups stay within their layer. The paper
-    tunes the merged model afterwards, we do not.
+    another. Groups of one used expert are copies. The choice of dominant experts over all layers at once is the budget
+    ``dominant``, the default; within a scope it is made as the paper does, and groups stay within their layer. The
+    paper tunes the merged model afterwards, we do not.
 
     Cost: one affinity (``6 D I^2``) and one linear assignment for each merged expert.
     """
@@ -65,7 +65,7 @@ def m_smoe(
     )
 
 
-@method("mc-smoe", paper="https://arxiv.org/abs/2310.01334", needs=NEEDS)
+@method("mc-smoe", paper="https://arxiv.org/abs/2310.01334", needs=NEEDS, budget="dominant")
 def mc_smoe(
     statistics: LayerStatistics,
     experts: Experts,

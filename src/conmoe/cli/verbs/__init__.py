@@ -3,7 +3,20 @@
 from importlib import import_module
 
 #: In the order of the help, which is the way of the data.
-FILES = ("inspect", "methods", "calibrate", "plan", "apply", "compress", "evaluate", "generate", "demo")
+FILES = (
+    "inspect",
+    "methods",
+    "budgets",
+    "calibrate",
+    "plan",
+    "apply",
+    "compress",
+    "tune",
+    "evaluate",
+    "bench",
+    "generate",
+    "demo",
+)
 
 for _name in FILES:
     import_module(f"{__name__}.{_name}")

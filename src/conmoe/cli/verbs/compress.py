@@ -11,6 +11,8 @@ import conmoe
 from conmoe.cli import console, tables
 from conmoe.cli.app import verb
 from conmoe.cli.arguments import (
+    BudgetName,
+    BudgetOptions,
     Data,
     Device,
     Dtype,
@@ -18,6 +20,7 @@ from conmoe.cli.arguments import (
     FormName,
     Json,
     Keep,
+    Layers,
     MethodName,
     Model,
     Options,
@@ -37,9 +40,12 @@ from conmoe.methods import DEFAULT_METHOD
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
-    keep: Keep,
+    keep: Keep = None,
     method: MethodName = DEFAULT_METHOD,
     option: Options = None,
+    layers: Layers = "",
+    budget: BudgetName = "",
+    budget_option: BudgetOptions = None,
     protect: Protect = None,
     scope: Scope = 1,
     form: FormName = None,
@@ -77,7 +83,19 @@ def compress(
     from conmoe.compress import clear_work
 
     folder = conmoe.locate(model)
-    request = read_request(method, keep, option, protect, scope, form, read_device(device), trust_remote_code)
+    request = read_request(
+        method,
+        keep,
+        option,
+        protect,
+        scope,
+        form,
+        read_device(device),
+        trust_remote_code,
+        layers,
+        budget,
+        budget_option,
+    )
     calibration = conmoe.Calibration(sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
     conmoe.check(folder, out, request, force=force)
     read_specs(evaluate_data)

@@ -10,7 +10,21 @@ import typer
 import conmoe
 from conmoe.cli import console
 from conmoe.cli.app import verb
-from conmoe.cli.arguments import Device, Force, FormName, Keep, MethodName, Model, Options, Protect, Remote, Scope
+from conmoe.cli.arguments import (
+    BudgetName,
+    BudgetOptions,
+    Device,
+    Force,
+    FormName,
+    Keep,
+    Layers,
+    MethodName,
+    Model,
+    Options,
+    Protect,
+    Remote,
+    Scope,
+)
 from conmoe.cli.console import say
 from conmoe.methods import DEFAULT_METHOD
 
@@ -20,9 +34,12 @@ def plan(
     model: Model,
     statistics: Annotated[Path, typer.Argument(metavar="STATS", help="What conmoe calibrate wrote.")],
     out: Annotated[Path, typer.Argument(metavar="PLAN", help="The folder to write.")],
-    keep: Keep,
+    keep: Keep = None,
     method: MethodName = DEFAULT_METHOD,
     option: Options = None,
+    layers: Layers = "",
+    budget: BudgetName = "",
+    budget_option: BudgetOptions = None,
     protect: Protect = None,
     scope: Scope = 1,
     form: FormName = None,
@@ -30,7 +47,7 @@ def plan(
     force: Force = False,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Decide which experts stay and who answers for whom. The model is not run.
+    """Decide which experts stay and who answers for whom. The model is not run, unless the budget is searched for.
 
     Example: `conmoe plan allenai/OLMoE-1B-7B-0125 stats plan --method reap --keep 48`
     """
@@ -40,8 +57,19 @@ def plan(
 
     folder = conmoe.locate(model)
     refuse_several("plan")
-    request = read_request(method, keep, option, protect, scope, form, read_device(device), trust_remote_code)
-    with console.Bars().stage("plan", len(conmoe.read_manifest(statistics).layers), "layers") as advance:
-        made = conmoe.plan(folder, statistics, out, request, force=force, advance=advance)
+    request = read_request(
+        method,
+        keep,
+        option,
+        protect,
+        scope,
+        form,
+        read_device(device),
+        trust_remote_code,
+        layers,
+        budget,
+        budget_option,
+    )
+    made = conmoe.plan(folder, statistics, out, request, force=force, progress=console.Bars())
     notes.protected(made)
     say(f"The plan is in {out}; read {out / 'plan.json'}, or apply it with conmoe apply.")
