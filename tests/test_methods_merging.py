@@ -7,14 +7,17 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from conmoe.methods.hc_smoe import hc_smoe
+from conmoe.methods.ream import ream
 from conmoe.methods.sub_moe import sub_moe
 from conmoe.ops import similarity, subsets
 from conmoe.ops.alignment import permute
 from conmoe.ops.clustering import agglomerate
 from conmoe.ops.experts import tensors
+from conmoe.ops.principal import principal_units
 from conmoe.ops.zipit import merge_units
 from conmoe.types import Experts, LayerPlan, LayerStatistics, UsageError
 from tests.layers import Layer, answer, layer_output, observe, prototypes, random_experts, recipes, with_rows
@@ -254,3 +257,170 @@ def test_silent_experts_are_like_no_other():
     experts.down_EDI[2] = 0.0
     cosine_EE = similarity.output_cosine(observe(experts).statistics.sample, experts)
     assert cosine_EE[2].tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def reap_score(layer: Layer) -> list[float]:
+    slots: list[list[float]] = [[] for _ in range(layer.routing.experts)]
+    for x_D, chosen, gates in zip(layer.x_TD, layer.routing.index_Tk, layer.routing.weight_Tk, strict=True):
+        for e, gate in zip(chosen.tolist(), gates.tolist(), strict=True):
+            slots[e].append(gate * float(answer(layer.experts, e, x_D).norm()))
+    return [sum(values) / max(len(values), 1) for values in slots]
+
+
+def ream_distance(layer: Layer) -> Tensor:
+    E = layer.routing.experts
+    p_TE = layer.routing.logits_TE.double().softmax(dim=-1)
+    gated = [(p_TE[:, e : e + 1] * y_TD).mean(dim=0) for e, y_TD in enumerate(outputs(layer))]
+    column = [z_T / z_T.norm() for z_T in layer.routing.logits_TE.double().T]
+    apart = [[float((column[i] - column[j]).norm()) for j in range(E)] for i in range(E)]
+    farthest = max(map(max, apart))
+    return torch.tensor(
+        [
+            [
+                1
+                - 0.5 * (1 + float(gated[i] @ gated[j] / gated[i].norm() / gated[j].norm())) / 2
+                # half the weight of the outputs, half that of the router
+                - 0.5 * (1 - apart[i][j] / farthest)
+                for j in range(E)
+            ]
+            for i in range(E)
+        ]
+    )
+
+
+def ream_groups(layer: Layer, keep: int, group_size: int) -> dict[int, list[int]]:
+    """Centroid -> its group, from the most salient on; who is left joins the nearest."""
+    E, score, distance = layer.routing.experts, reap_score(layer), ream_distance(layer)
+    centroids = sorted(range(E), key=lambda e: (-score[e], e))[:keep]
+    groups = {centroid: [centroid] for centroid in centroids}
+    free = [e for e in range(E) if e not in centroids]
+    for centroid in centroids if group_size else []:
+        for e in sorted(free, key=lambda e: (float(distance[centroid, e]), e))[: group_size - 1]:
+            groups[centroid].append(e)
+            free.remove(e)
+    for e in free:
+        groups[min(sorted(centroids), key=lambda c: float(distance[e, c]))].append(e)
+    return groups
+
+
+@pytest.mark.parametrize("group_size", [0, 1, 2, 3, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_ream_groups_experts_around_salient_ones_and_drops_the_others_from_the_router(group_size: int, seed: int):
+    layer = observe(random_experts(10, seed=seed), seed=seed, T=200)
+    plan, score = run(ream, layer, 4, group_size=group_size, align=False), reap_score(layer)
+    groups = ream_groups(layer, 4, group_size)
+    assert plan.scores["score"].tolist() == pytest.approx(score, rel=1e-5)
+    for e in range(10):
+        if e in groups:
+            members = groups[e]
+            expected = [score[m] / sum(score[o] for o in members) if m in members else 0.0 for m in range(10)]
+            assert recipes(plan)[e].tolist() == pytest.approx(expected, rel=1e-4)
+        else:
+            assert plan.assignment_E[e] == -1
+    assert not plan.weights
+
+
+def unit_rows(experts: Experts) -> Tensor:
+    """``[E, I, F]`` of unit length: gate, up and down of each hidden unit, and its biases."""
+    parts = {name: tensor.double() for name, tensor in tensors(experts).items() if name != "down_bias_ED"}
+    parts["down_EDI"] = parts["down_EDI"].mT
+    rows = torch.cat([part if part.ndim == 3 else part.unsqueeze(-1) for part in parts.values()], dim=-1)
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def components(experts: Experts, count: int) -> Tensor:
+    """By one singular value decomposition of all units."""
+    rows_EIF = unit_rows(experts)
+    flat_NF = rows_EIF.flatten(0, 1) - rows_EIF.flatten(0, 1).mean(dim=0)
+    _, S, Vh = torch.linalg.svd(flat_NF, full_matrices=False)
+    return (flat_NF @ Vh[:count].T * S[:count]).reshape(*rows_EIF.shape[:2], -1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_principal_components_are_those_of_all_units_at_once(bias: bool):
+    experts = random_experts(5, bias=bias)
+    # with 48 or 50 numbers to a unit all directions are iterated, so nothing is approximate
+    found, expected = principal_units(experts, 40).double(), components(experts, 40)
+    for i, j in combinations(range(5), 2):
+        torch.testing.assert_close(
+            torch.cdist(found[i], found[j]), torch.cdist(expected[i], expected[j]), atol=1e-3, rtol=1e-3
+        )
+
+
+def test_principal_components_are_near_where_units_are_long():
+    experts = random_experts(6, D=60, width=20)
+    experts.gate_EID[..., :3].mul_(torch.tensor([9.0, 6.0, 4.0]))  # directions that stand out
+    found, expected = principal_units(experts, 3).double(), components(experts, 3)
+    exact = torch.cdist(expected.flatten(0, 1), expected.flatten(0, 1))
+    error = torch.cdist(found.flatten(0, 1), found.flatten(0, 1)) - exact
+    assert float(error.abs().max()) < 0.02 * float(exact.max())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_ream_aligns_units_at_the_least_sum_of_both_distances(bias: bool):
+    layer = observe(random_experts(8, bias=bias))
+    plan = run(ream, layer, 3)
+    reduced_EIC = components(layer.experts, 64)
+    reduced_EIC = reduced_EIC / reduced_EIC.norm(dim=-1, keepdim=True)
+    made, score = prototypes(layer.experts, plan), reap_score(layer)
+    for prototype, members in enumerate((plan.mixing_KE != 0).unbind()):
+        group = members.nonzero().flatten().tolist()
+        centroid = int((plan.assignment_E == prototype).nonzero())
+        expected = {name: torch.zeros_like(tensor[prototype]) for name, tensor in tensors(made).items()}
+        for e in group:
+            order = torch.arange(12)
+            if e != centroid:
+                active = [hidden(layer, m) for m in (centroid, e)]
+                active = [a_IT / a_IT.norm(dim=1, keepdim=True) for a_IT in active]
+                cost_II = torch.cdist(*active) + torch.cdist(reduced_EIC[centroid], reduced_EIC[e])
+                order = torch.from_numpy(linear_sum_assignment(cost_II.numpy())[1])
+                assert order.tolist() != list(range(12))
+            share = score[e] / sum(score[m] for m in group)
+            for name, part in permute({n: t[e] for n, t in tensors(layer.experts).items()}, order).items():
+                expected[name] += share * part.double()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(getattr(made, name)[prototype], tensor, rtol=1e-4, atol=1e-5)
+
+
+def hidden(layer: Layer, expert: int) -> Tensor:
+    """``[I, T]``: the hidden activations of an expert on all tokens."""
+    gate_IT = layer.experts.gate_EID[expert] @ layer.x_TD.T
+    up_IT = layer.experts.up_EID[expert] @ layer.x_TD.T
+    if layer.experts.gate_bias_EI is not None and layer.experts.up_bias_EI is not None:
+        gate_IT, up_IT = (
+            gate_IT + layer.experts.gate_bias_EI[expert, :, None],
+            up_IT + layer.experts.up_bias_EI[expert, :, None],
+        )
+    return (gate_IT.double().sigmoid() * gate_IT * up_IT).double()
+
+
+def test_ream_undoes_the_order_of_hidden_units():
+    layer = observe(shuffled(with_rows(random_experts(6), [0] * 6)))
+    plan = run(ream, layer, 2)
+    made = prototypes(layer.experts, plan)
+    for prototype in range(2):
+        for x_D in layer.x_TD[:10]:
+            torch.testing.assert_close(answer(made, prototype, x_D.double()).float(), answer(layer.experts, 0, x_D))
+    unaligned = prototypes(layer.experts, run(ream, layer, 2, align=False))
+    assert not torch.allclose(
+        answer(unaligned, 0, layer.x_TD[0].double()).float(), answer(layer.experts, 0, layer.x_TD[0])
+    )
+
+
+def test_ream_adds_nothing_of_experts_that_nobody_chose():
+    layer = observe(random_experts(8), unused=(1, 4))
+    plan = run(ream, layer, 3)
+    assert not plan.mixing_KE[:, [1, 4]].any()
+    assert plan.assignment_E[[1, 4]].tolist() == [-1, -1]
+
+
+def test_ream_keeps_the_layers_of_a_scope_apart():
+    _, _, joined, experts = two_layers([[0, 1, 2, 3], [4, 5, 6, 7]], random_experts(8))
+    plan = ream(joined, experts, 3)
+    assert all(not (row[:4].any() and row[4:].any()) for row in plan.mixing_KE)
+    assert torch.isfinite(plan.mixing_KE).all()
+
+
+def test_ream_refuses_groups_of_less_than_nobody():
+    with pytest.raises(UsageError, match="group_size"):
+        run(ream, observe(random_experts(4)), 2, group_size=-1)
