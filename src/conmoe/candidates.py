@@ -1,0 +1,105 @@
+"""What a bench compares: methods with options, by the names under which they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from conmoe.calibrate import Calibration
+from conmoe.registry import Form, bind_options, get_budget, get_method, methods
+from conmoe.request import Request
+from conmoe.types import UsageError
+
+ALL = "all"
+
+#: Names for lists of candidates. ``ablations`` are the switches of ConMoE's own ablation: what becomes of the others,
+#: the two signals, shared pools, fusion, the distance, the selection; the last row is the independent implementation.
+SETS: Mapping[str, tuple[str, ...]] = {
+    "ablations": (
+        "conmoe",
+        "conmoe:redirect=drop",
+        "conmoe:redirect=random",
+        "conmoe:signal=contribution",
+        "conmoe:signal=replaceability",
+        "conmoe:scope=2",
+        "conmoe:scope=4",
+        "conmoe:fusion=frequency",
+        "conmoe:fusion=contribution",
+        "conmoe:distance=weight",
+        "conmoe:distance=mean_output",
+        "conmoe:selection=product",
+        "conmoe:selection=product,distance=weight,contribution=mean",
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A method with options, under the name by which it was asked for; its request lacks the budget and the seed."""
+
+    name: str
+    request: Request
+
+    def at(self, keep: str, seed: int, options: Calibration) -> Request:
+        """The request at one budget. A method with a seed of its own gets the calibration's, unless told otherwise."""
+        given = dict(self.request.options or {})
+        if "seed" in get_method(self.request.method).options:
+            given.setdefault("seed", seed)
+        return replace(
+            self.request,
+            keep=keep,
+            options=given,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
+
+
+def parse_candidates(texts: Sequence[str]) -> tuple[Candidate, ...]:
+    """Candidates by name: ``all``, a name of ``SETS``, or ``METHOD[:OPTION=VALUE,...]``, each of them once.
+
+    Raises:
+        UsageError: a method or an option is unknown, or a value does not fit.
+    """
+    sets = {**SETS, ALL: tuple(methods())}
+    names = [name for text in texts for name in sets.get(text, (text,))]
+    return tuple(parse_candidate(name) for name in dict.fromkeys(names))
+
+
+def parse_candidate(text: str) -> Candidate:
+    """``METHOD[:OPTION=VALUE,...]``; scope, form, layers, budget and budget.OPTION are the plan's, not the method's."""
+    method, _, rest = text.partition(":")
+    given: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not equals:
+            raise UsageError(f"--methods takes METHOD or METHOD:OPTION=VALUE,OPTION=VALUE, not {text!r}.")
+        given[name] = value
+    of_plan = {name: read(given.pop(name)) for name, read in OF_PLAN.items() if name in given}
+    of_budget = {name: given.pop(name) for name in list(given) if name.startswith(OF_BUDGET)}
+    request = Request(
+        method=method,
+        options=given,
+        budget_options={name.removeprefix(OF_BUDGET): value for name, value in of_budget.items()},
+        **of_plan,
+    )
+    bind_options(get_method(method), given)
+    bind_options(get_budget(request.budget or get_method(method).budget), request.budget_options or {})
+    return Candidate(text, request)
+
+
+def _read_scope(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise UsageError(f"scope takes a number of neighbouring layers, not {text!r}.")
+    return int(text)
+
+
+def _read_form(text: str) -> Form:
+    if text not in ("shared", "sliced", "expanded"):
+        raise UsageError(f"form takes shared, sliced or expanded, not {text!r}.")
+    return text  # type: ignore[return-value]
+
+
+#: Options of a candidate that are the plan's, not its method's.
+OF_PLAN: Mapping[str, Callable[[str], Any]] = {"scope": _read_scope, "form": _read_form, "layers": str, "budget": str}
+OF_BUDGET = "budget."
