@@ -198,6 +198,17 @@ def test_dern_leaves_an_expert_as_it_is_when_it_absorbs_itself(bias: bool):
         torch.testing.assert_close(tensor[0], getattr(pair, name)[kept])
 
 
+def test_dern_gives_each_prototype_its_own_weights_whatever_their_order():
+    experts = with_rows(random_experts(5, D=64), [3, 4, 2, 3, 4])
+    layer = observe(experts)
+    sums = {"gate": torch.tensor([1.0, 1.0, 5.0, 5.0, 5.0]).double()}
+    plan = run("dern", replace(layer, statistics=replace(layer.statistics, sums=sums)), 3)
+    assert plan.assignment_E.tolist() == [-1, -1, 2, 0, 1], "prototypes go by the lowest expert in them"
+    for expert in (2, 3, 4):
+        torch.testing.assert_close(plan.weights["up_EID"][plan.assignment_E[expert]], experts.up_EID[expert])
+    assert plan.scores["moved"].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
 def test_dern_is_pruning_where_no_unit_is_alike():
     layer = observe(random_experts(6, D=64))
     plan, pruned = run("dern", layer, 3), run("seer", layer, 3)
