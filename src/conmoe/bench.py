@@ -7,22 +7,14 @@ added later costs only itself.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
-import platform
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 import torch
-import transformers
 
-from conmoe import __version__
 from conmoe.allocate import parse_keep
 from conmoe.artifacts import (
     LABEL,
@@ -30,8 +22,6 @@ from conmoe.artifacts import (
     Manifest,
     check_ours,
     fingerprint,
-    kept_experts,
-    plan_record,
     read_manifest,
     refuse_overlap,
     write_atomic,
@@ -40,37 +30,18 @@ from conmoe.calibrate import Calibration, calibrate, describe
 from conmoe.candidates import Candidate
 from conmoe.data import TokenData, overlap
 from conmoe.documents import first_line
-from conmoe.evaluate import Fidelity, Measured
-from conmoe.evaluate.fidelity import check_vocabularies, measure, run_through
-from conmoe.forms import is_approximate
+from conmoe.evaluate.fidelity import check_vocabularies
 from conmoe.observe import IMPLEMENTATION
-from conmoe.outputs import forget_prototypes
 from conmoe.parallel import refuse_several
-from conmoe.plan import plan
-from conmoe.preview import preview
-from conmoe.progress import Progress
-from conmoe.registry import Form, get_method
+from conmoe.progress import SILENT, Progress
 from conmoe.report.bench import markdown
-from conmoe.results import (
-    BENCH_JSON,
-    BENCH_MD,
-    CLOSED_FORM,
-    UNITS,
-    WEIGHT_PRESERVING,
-    Bench,
-    CalibrationRecord,
-    Domain,
-    Measurement,
-    Row,
-    Run,
-    load_bench,
-    summarise,
-)
+from conmoe.results import BENCH_JSON, BENCH_MD, Bench, CalibrationRecord, Domain, Row, Run, load_bench, summarise
 from conmoe.source import Source, check_compressible, open_source
-from conmoe.stream import Stream
-from conmoe.types import ConmoeError, LayerPlan, Plan, UsageError
+from conmoe.trial import WORK, Job, Passed, run_once, run_trial, statistics_folder, versions
+from conmoe.types import ConmoeError, UsageError
 
-WORK = "work"
+#: A keep and the name of a candidate.
+Place = tuple[str, str]
 
 
 def bench(
@@ -80,7 +51,7 @@ def bench(
     keeps: Sequence[str],
     texts: Sequence[TokenData],
     domains: Mapping[str, TokenData],
-    progress: Progress,
+    progress: Progress = SILENT,
     *,
     options: Calibration = Calibration(),
     command: str = "",
@@ -128,8 +99,8 @@ def bench(
     key = fingerprint(asked)
     _claim(out, model, key, force)
     for seed, (data, manifest) in enumerate(zip(texts, manifests, strict=True)):
-        _calibrate(model, _statistics(out, seed), data, manifest, replace(options, seed=seed), source, progress)
-    job = _Job(model, source, out, domains, options, fingerprint([_code(), versions()]))
+        _calibrate(model, statistics_folder(out, seed), data, manifest, replace(options, seed=seed), source, progress)
+    job = Job(model, source, out, domains, options)
     rows = _rows(job, candidates, keeps, manifests, progress)
     first = manifests[0]
     table = Bench(
@@ -156,22 +127,6 @@ def bench(
     return table
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What all rows have in common."""
-
-    model: Path
-    source: Source
-    out: Path
-    domains: Mapping[str, TokenData]
-    options: Calibration
-    code: str  # fingerprint of what computes
-
-    @property
-    def source_bytes(self) -> int:
-        return sum(entry.nbytes for entry in self.source.entries.values())
-
-
 def _claim(out: Path, model: Path, key: str, force: bool) -> None:
     """Make ``out`` the folder of this table, or refuse to."""
     refuse_overlap(out, model)
@@ -185,10 +140,6 @@ def _claim(out: Path, model: Path, key: str, force: bool) -> None:
         )
     (out / WORK / "rows").mkdir(parents=True, exist_ok=True)
     write_atomic(out / LABEL, key)
-
-
-def _statistics(out: Path, seed: int) -> Path:
-    return out / WORK / f"statistics-{seed}"
 
 
 def _calibrate(
@@ -209,138 +160,47 @@ def _calibrate(
 
 
 def _rows(
-    job: _Job,
-    candidates: Sequence[Candidate],
-    keeps: Sequence[str],
-    manifests: Sequence[Manifest],
-    progress: Progress,
+    job: Job, candidates: Sequence[Candidate], keeps: Sequence[str], manifests: Sequence[Manifest], progress: Progress
 ) -> list[Row]:
     asked = [(keep, candidate) for keep in keeps for candidate in candidates]
-    runs: dict[tuple[str, str], list[Run]] = {(keep, candidate.name): [] for keep, candidate in asked}
-    errors: dict[tuple[str, str], str] = {}
-    with ExitStack() as stack, progress.stage("measure", len(asked) * len(manifests), "results") as advance:
-        passed = _once(lambda name: stack.enter_context(_through(job, name)))
-        for seed, manifest in enumerate(manifests):
+    runs: dict[Place, list[Run]] = {(keep, candidate.name): [] for keep, candidate in asked}
+    errors: dict[Place, str] = {}
+    with run_once(job) as passed, progress.stage("measure", len(asked) * len(manifests), "results") as advance:
+        for manifest in manifests:
             for keep, candidate in asked:
                 place = keep, candidate.name
-                advance(0, doing=f"{candidate.name}, keep {keep}, seed {seed}")
+                advance(0, doing=f"{candidate.name}, keep {keep}, seed {manifest.seed}")
                 if place not in errors:
-                    try:
-                        runs[place].append(_run(job, candidate, keep, seed, manifest, passed))
-                    except OSError:  # a full disk is no fault of the method
-                        raise
-                    except Exception as error:
-                        known = isinstance(error, ConmoeError)
-                        said = str(error) if known else f"{type(error).__name__}: {first_line(error)}."
-                        errors[place] = f"Calibration seed {seed}: {said}" if seed else said
+                    found = _try(job, candidate, keep, manifest, passed)
+                    if isinstance(found, Run):
+                        runs[place].append(found)
+                    else:
+                        errors[place] = f"Calibration seed {manifest.seed}: {found}" if manifest.seed else found
                         progress.note(f"{candidate.name} failed at keep {keep}: {errors[place]}")
-                        if not known:
-                            write_atomic(job.out / WORK / f"{fingerprint(place)[:16]}.txt", traceback.format_exc())
                 advance(1)
     return [_row(job, candidate, keep, runs[keep, candidate.name], errors) for keep, candidate in asked]
 
 
-def _row(job: _Job, candidate: Candidate, keep: str, runs: Sequence[Run], errors: Mapping[tuple[str, str], str]) -> Row:
+def _try(job: Job, candidate: Candidate, keep: str, manifest: Manifest, passed: Passed) -> Run | str:
+    """The result, or the sentence that says why there is none."""
+    try:
+        return run_trial(job, candidate, keep, manifest, passed)
+    except ConmoeError as error:
+        return str(error)
+    except OSError:  # a full disk is no fault of the method
+        raise
+    except Exception as error:
+        file = job.out / WORK / f"failure-{fingerprint([keep, candidate.name])[:12]}.txt"
+        write_atomic(file, f"{candidate.name}, keep {keep}\n{traceback.format_exc()}")
+        return f"{type(error).__name__}: {first_line(error)} (the traceback is in {WORK}/{file.name})."
+
+
+def _row(job: Job, candidate: Candidate, keep: str, runs: Sequence[Run], errors: Mapping[Place, str]) -> Row:
     method, error = candidate.request.method, errors.get((keep, candidate.name))
     if error is not None:
         return Row(name=candidate.name, method=method, keep=keep, error=error, runs=tuple(runs))
     keys = {name: data.fingerprint for name, data in job.domains.items()}
     return summarise(candidate.name, method, keep, runs, keys, job.source_bytes)
-
-
-def _run(
-    job: _Job, candidate: Candidate, keep: str, seed: int, manifest: Manifest, passed: Callable[[str], Stream]
-) -> Run:
-    """Plan and measure, or what an earlier run has stored of it."""
-    request = candidate.at(keep, seed, job.options)
-    key = fingerprint([job.code, _source_code(request.method), manifest.fingerprint, asdict(request)])
-    file = job.out / WORK / "rows" / f"{key}.json"
-    known = Run.model_validate_json(file.read_bytes()) if file.is_file() else None
-    measured = dict(known.domains) if known else {}
-    missing = {name: data for name, data in job.domains.items() if data.fingerprint not in measured}
-    if known and not missing:
-        return known
-    began = perf_counter()
-    made = plan(job.model, _statistics(job.out, seed), None, request)
-    seconds = perf_counter() - began
-    form: Form = request.form or made.default_form  # type: ignore[assignment]
-    result = preview(
-        job.source,
-        made,
-        form,
-        dtype=job.options.dtype,
-        experts_implementation=IMPLEMENTATION,
-        trust_remote_code=job.options.trust_remote_code,
-    )
-    try:
-        for name, data in missing.items():
-            found = measure(result, data, passed(name), device=job.options.device)
-            measured[data.fingerprint] = _measurement(found)
-    finally:
-        forget_prototypes()
-    run = Run(
-        seed=seed,
-        options=dict(made.options),
-        group=group(made),
-        form=form,
-        approximate=is_approximate(made, form),
-        bytes=found.bytes,
-        parameters=found.parameters,
-        plan_seconds=seconds,
-        predicted_error=_predicted_error(made),
-        prototypes=tuple(scope.prototypes for scope in plan_record(made).scopes),
-        protected=dict(made.protected),
-        statistics=made.statistics,
-        domains=measured,
-    )
-    write_atomic(file, run.model_dump_json(indent=1) + "\n")
-    return run
-
-
-def _through(job: _Job, name: str) -> Any:
-    return run_through(job.source, job.domains[name], job.options.device)
-
-
-def _once(make: Callable[[str], Stream]) -> Callable[[str], Stream]:
-    """``make``, whose answers are kept: the text runs through the source when the first result asks for it."""
-    known: dict[str, Stream] = {}
-
-    def get(name: str) -> Stream:
-        if name not in known:
-            known[name] = make(name)
-        return known[name]
-
-    return get
-
-
-def group(made: Plan) -> str:
-    """What a plan stores: copies of the source's experts and a map alone, or something computed."""
-    return WEIGHT_PRESERVING if all(_copies(scope.plan) for scope in made.scopes) else CLOSED_FORM
-
-
-def _copies(layer: LayerPlan) -> bool:
-    new = layer.constant_CD is not None or layer.static_K is not None or bool((layer.gain_E != 1).any())
-    return not new and None not in kept_experts(layer)
-
-
-def _measurement(found: Fidelity) -> Measurement:
-    numbers: dict[str, tuple[float, float | None]] = {}
-    for name in UNITS:
-        number = getattr(found, name)
-        assert isinstance(number, Measured)
-        if not math.isfinite(number.value):
-            raise ConmoeError(f"Its {name} is {number.value}: the result's outputs are not finite.")
-        numbers[name] = number.value, None if math.isnan(number.stderr) else number.stderr
-    assert found.source_loss is not None
-    return Measurement(
-        numbers=numbers, source_loss=found.source_loss.value, sequences=found.sequences, tokens=found.tokens
-    )
-
-
-def _predicted_error(made: Plan) -> float | None:
-    errors = [scope.plan.predicted_error for scope in made.scopes]
-    mean = math.fsum(errors) / len(errors)
-    return mean if math.isfinite(mean) else None
 
 
 def _domain(data: TokenData, texts: Sequence[TokenData], rows: Sequence[Row]) -> Domain:
@@ -369,34 +229,5 @@ def _calibration_record(manifest: Manifest) -> CalibrationRecord:
     )
 
 
-def versions() -> dict[str, str]:
-    """What the numbers may depend on beside the code of this package."""
-    return {
-        "conmoe": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-
-
-def _code() -> str:
-    """A fingerprint of this package but for its command line: a row of other code is measured again."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in _files())).hexdigest()
-
-
-def _files() -> Iterator[Path]:
-    root = Path(__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        if file.relative_to(root).parts[0] != "cli":
-            yield file
-
-
-def _source_code(method: str) -> str:
-    """The file of a method, which may come from another package."""
-    with suppress(OSError, TypeError):
-        return inspect.getsource(inspect.getmodule(get_method(method).function))  # type: ignore[arg-type]
-    return ""

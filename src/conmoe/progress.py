@@ -9,7 +9,8 @@ from typing import Protocol
 
 class Progress(Protocol):
     """What a long step reports to: ``stage(name, total, unit)`` gives a function that is told what was done, and the
-    total with it where that is 0 at first. Stages follow one another; they are not nested."""
+    total with it where that is 0 at first, and may be told what it is ``doing``. Stages follow one another; they are
+    not nested."""
 
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[..., None]]: ...
 
@@ -21,7 +22,7 @@ class Silent:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-        yield lambda done, total=None: None
+        yield lambda done, total=None, doing=None: None
 
     def note(self, text: str) -> None: ...
 

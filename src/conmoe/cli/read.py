@@ -30,12 +30,14 @@ def read_data(
     seed: int,
     trust_remote_code: bool,
     part: Any = "calibration",
+    *,
+    quiet: bool = False,
 ) -> TokenData:
     specs = read_specs(data)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     check_tokenizer(tokenizer, config.vocab_size)
-    if not specs:
+    if not specs and not quiet:
         say(f"No text given for {part}: using the {part} part of the {BUILTIN_NAME}; better give text of your users.")
     longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if seq_len and seq_len > longest:

@@ -87,7 +87,7 @@ def bench(
     candidates, named = parse_candidates(methods), read_domains(evaluate_data or [])
     options = conmoe.Calibration(sample, 0, read_device(device), read_dtype(dtype), None, trust_remote_code)
     length = (seq_len, 0, trust_remote_code)
-    texts = [read_data(folder, data, tokens, seq_len, seed, trust_remote_code) for seed in range(seeds)]
+    texts = [read_data(folder, data, tokens, seq_len, seed, trust_remote_code, quiet=seed > 0) for seed in range(seeds)]
     domains = {
         name: read_data(folder, [spec] if spec else None, evaluate_tokens, *length, part="evaluation")
         for name, spec in named.items()
