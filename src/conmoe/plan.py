@@ -7,8 +7,9 @@ are taken out and kept, and each group of a grouped router is planned for itself
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from conmoe.artifacts import (
     read_layer,
     read_manifest,
     read_plan,
+    read_tokens,
     refuse_overlap,
     write_plan,
 )
@@ -49,8 +51,11 @@ from conmoe.request import (
     named_experts,
     positions,
 )
+from conmoe.sequential import Passage, open_passage
 from conmoe.source import Source, check_compressible, open_source, outline_experts, read_experts
 from conmoe.types import ConmoeError, Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError, sample_tensors
+
+_PASSAGE = "passage"
 
 
 def plan(
@@ -114,16 +119,41 @@ def plan(
         if form != (request.form or asked.method.form_with(asked.options)):
             progress.note(f"Not all layers keep equally many experts, so the result will be stored in the {form} form.")
         done: list[ScopePlan] = []
-        with progress.stage("plan", sum(len(scope) for scope in asked.scopes), "layers") as advance:
+        with (
+            progress.stage("plan", sum(len(scope) for scope in asked.scopes), "layers") as advance,
+            _passage(source, statistics, manifest, request, folder) as passage,
+        ):
             for position, (scope, count) in enumerate(zip(asked.scopes, counts, strict=True)):
-                done.append(scope_plans(position, count))
+                done.append(scope_plans(position, count, passage))
+                if passage:
+                    passage.follow(done[-1], context.assemble)
                 advance(len(scope))
         made = replace(context.assemble(done), default_form=form)
         if folder:
             write_plan(folder, made)
-            for part in folder.glob("layer-*"):
+            for part in [*folder.glob("layer-*"), *folder.glob(_PASSAGE)]:
                 shutil.rmtree(part)
     return made
+
+
+@contextmanager
+def _passage(
+    source: Source, statistics: Path, manifest: Manifest, request: Request, folder: Path | None
+) -> Iterator[Passage | None]:
+    """The calibration text before the first layer, if layers are to be planned one after the other."""
+    if not request.sequential:
+        yield None
+        return
+    ids_NS = read_tokens(statistics)
+    with tempfile.TemporaryDirectory(prefix="conmoe-") if folder is None else nullcontext(folder) as work:
+        yield open_passage(
+            source,
+            ids_NS,
+            manifest,
+            Path(work) / _PASSAGE,
+            device=request.device,
+            trust_remote_code=request.trust_remote_code,
+        )
 
 
 def share_out(context: Context, asked: Asked) -> list[int]:
@@ -168,28 +198,29 @@ class _ScopePlans:
         self._request, self._manifest, self._folder = request, manifest, folder
         self._made: dict[tuple[int, int], ScopePlan] = {}
 
-    def __call__(self, position: int, keep: int) -> ScopePlan:
-        if (position, keep) in self._made:
+    def __call__(self, position: int, keep: int, passage: Passage | None = None) -> ScopePlan:
+        if passage is None and (position, keep) in self._made:
             return self._made[position, keep]
         scope = self._asked.scopes[position]
-        part = self._folder and self._folder / f"layer-{scope[0].index:05}-{keep}"
+        name = f"layer-{scope[0].index:05}-{keep}" + ("-sequential" if passage else "")
+        part = self._folder and self._folder / name
         if part and (part / PLAN_JSON).is_file():
             made = read_plan(part).scopes[0]
         else:
-            made = ScopePlan(tuple(layer.index for layer in scope), self._decide(scope, keep))
+            made = ScopePlan(tuple(layer.index for layer in scope), self._decide(scope, keep, passage))
             if part:
                 part.mkdir(exist_ok=True)
                 write_plan(part, _assemble([made], self._asked, self._request, self._protected, self._manifest))
-        if not (part and made.plan.weights):  # new weights are gigabytes, and lie on disk already
+        # new weights are gigabytes, and lie on disk already
+        if passage is None and not (part and made.plan.weights):
             self._made[position, keep] = made
         return made
 
-    def _decide(self, scope: Sequence[MoeLayer], keep: int) -> LayerPlan:
+    def _decide(self, scope: Sequence[MoeLayer], keep: int, passage: Passage | None) -> LayerPlan:
         method, options, device = self._asked.method, self._asked.options, self._request.device
         read = read_experts if "weights" in method.needs else outline_experts
-        loaded = [
-            _load(read(self._source, layer), read_layer(self._statistics, layer.index), device) for layer in scope
-        ]
+        known = passage.statistics if passage else (lambda layer: read_layer(self._statistics, layer.index))
+        loaded = [_load(read(self._source, layer), known(layer), device) for layer in scope]
         wide_statistics, wide_experts = join_layers([part for part, _ in loaded], [part for _, part in loaded])
         held = positions(scope, self._protected)
         return plan_layer(method, wide_statistics, wide_experts, keep, held, self._asked.groups, options)

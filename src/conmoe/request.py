@@ -35,6 +35,7 @@ class Request:
     layers: str = ""  # decoder layers to plan, as in "10-23,26"; empty: all that have experts
     budget: str = ""  # its name, or the prototypes of each scope, as in "12,16,16"; empty: the method's own
     budget_options: Mapping[str, Any] | None = None
+    sequential: bool = False  # calibrate each layer anew, on inputs that passed the compressed layers before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
     options = bind_options(method, request.options or {})
     if request.scope < 1:
         raise UsageError(f"--scope takes a number of neighbouring layers, not {request.scope}.")
+    if request.sequential and request.scope > 1:
+        raise UsageError("Layers that share a pool of prototypes are planned at once; use --scope 1 with --sequential.")
     planned = parse_layers(request.layers, layers)
     scopes = windows(planned, layers, request.scope)
     listed = parse_counts(request.budget)

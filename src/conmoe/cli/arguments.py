@@ -34,6 +34,13 @@ Keep = Annotated[
         "planned. Needed unless --budget lists counts."
     ),
 ]
+Sequential = Annotated[
+    bool,
+    typer.Option(
+        "--sequential",
+        help="Plan each layer on inputs that passed through the compressed layers before it. Runs every layer twice.",
+    ),
+]
 Layers = Annotated[
     str, typer.Option(metavar="LIST", help="Decoder layers to plan: 10-23,26. The others stay as they are.")
 ]

@@ -82,6 +82,7 @@ def read_request(
     layers: str = "",
     budget: str = "",
     budget_option: list[str] | None = None,
+    sequential: bool = False,
 ) -> Request:
     if not keep and not parse_counts(budget):
         raise UsageError("Missing option '--keep': how much stays, such as 0.5, or 48 experts of each layer.")
@@ -98,6 +99,7 @@ def read_request(
         layers,
         budget,
         _read_options("--budget-option", budget_option),
+        sequential,
     )
 
 

@@ -30,6 +30,7 @@ from conmoe.cli.arguments import (
     Scope,
     Seed,
     SeqLen,
+    Sequential,
     Tokens,
 )
 from conmoe.cli.console import say
@@ -48,6 +49,7 @@ def compress(
     budget_option: BudgetOptions = None,
     protect: Protect = None,
     scope: Scope = 1,
+    sequential: Sequential = False,
     form: FormName = None,
     data: Data = None,
     tokens: Tokens = 32768,
@@ -95,6 +97,7 @@ def compress(
         layers,
         budget,
         budget_option,
+        sequential,
     )
     calibration = conmoe.Calibration(sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
     conmoe.check(folder, out, request, force=force)

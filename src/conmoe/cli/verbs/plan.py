@@ -24,6 +24,7 @@ from conmoe.cli.arguments import (
     Protect,
     Remote,
     Scope,
+    Sequential,
 )
 from conmoe.cli.console import say
 from conmoe.methods import DEFAULT_METHOD
@@ -42,6 +43,7 @@ def plan(
     budget_option: BudgetOptions = None,
     protect: Protect = None,
     scope: Scope = 1,
+    sequential: Sequential = False,
     form: FormName = None,
     device: Device = "cpu",
     force: Force = False,
@@ -69,6 +71,7 @@ def plan(
         layers,
         budget,
         budget_option,
+        sequential,
     )
     made = conmoe.plan(folder, statistics, out, request, force=force, progress=console.Bars())
     notes.protected(made)

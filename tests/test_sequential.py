@@ -1,0 +1,125 @@
+"""Layers planned one after the other: each sees what the compressed layers before it let through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import conmoe
+from conmoe.artifacts import read_layer, read_manifest, read_tokens
+from conmoe.observe import IMPLEMENTATION
+from conmoe.sequential import open_passage
+from conmoe.source import open_source
+from conmoe.types import Plan, sample_tensors
+from tests.conftest import Checkpoint, token_data
+from tests.families import EXPERTS, TINY
+from tests.results import by_layer
+
+SEQUENTIAL = conmoe.Request(method="naee", options={"tokens": 64}, sequential=True, form="shared")
+
+
+class Stop(Exception):
+    pass
+
+
+def statistics_on_the_way(
+    folder: Path, statistics: Path, first: Plan, work: Path
+) -> list[conmoe.types.LayerStatistics]:
+    source = open_source(folder)
+    passage = open_passage(source, read_tokens(statistics), read_manifest(statistics), work, device="cpu")
+    found = []
+    for layer in source.layers:
+        found.append(passage.statistics(layer))
+        scope = next((scope for scope in first.scopes if scope.layers == (layer.index,)), None)
+        if scope:
+            passage.follow(scope, lambda scopes: first)
+    return found
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_layer_sees_what_a_written_checkpoint_would_send_it(family, checkpoint, calibrated, tmp_path):
+    """The second MoE layer's statistics are those of a calibration of the checkpoint whose first one is compressed."""
+    folder, statistics = checkpoint(family), calibrated(family)
+    first, *_, last = open_source(folder).layers
+    request = conmoe.Request(method="reap", layers=str(first.index), form="shared")
+    plan = conmoe.plan(folder, statistics, request=request)
+    seen = statistics_on_the_way(folder, statistics, plan, tmp_path / "work")
+
+    conmoe.apply(folder, plan, tmp_path / "half", form="shared")
+    source = open_source(tmp_path / "half", experts_implementation=IMPLEMENTATION)
+    passage = open_passage(source, read_tokens(statistics), read_manifest(statistics), tmp_path / "again", device="cpu")
+    expected = passage.statistics(source.layers[-1])
+    assert seen[0].tokens == seen[-1].tokens
+    for name, value in expected.sums.items():
+        torch.testing.assert_close(seen[-1].sums[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    one_shot = read_layer(statistics, last.index)
+    assert not torch.allclose(seen[-1].sums["gate_norm"], one_shot.sums["gate_norm"])
+    for name, value in sample_tensors(read_layer(statistics, first.index).sample).items():
+        torch.testing.assert_close(sample_tensors(seen[0].sample)[name], value, msg=name)
+
+
+def test_unchanged_layers_let_everything_through(checkpoint, calibrated, tmp_path):
+    folder, statistics = checkpoint("olmoe"), calibrated("olmoe")
+    request = conmoe.Request(method="conmoe", keep=str(EXPERTS), sequential=True)
+    plan = conmoe.plan(folder, statistics, tmp_path / "plan", request)
+    assert all(layer.assignment_E.tolist() == list(range(EXPERTS)) for layer in by_layer(plan).values())
+
+
+def test_sequential_plans_differ_from_the_second_layer_on_and_resume(
+    checkpoint: Checkpoint, calibrated: Checkpoint, tmp_path: Path
+):
+    folder, statistics = checkpoint("qwen3_moe"), calibrated("qwen3_moe")
+    whole = conmoe.plan(folder, statistics, tmp_path / "whole", SEQUENTIAL)
+    assert sorted(file.name for file in (tmp_path / "whole").iterdir()) == [".conmoe", "plan.json", "plan.safetensors"]
+
+    class StopAfterOne:
+        def note(self, text: str) -> None: ...
+
+        def stage(self, name: str, total: int, unit: str):
+            from contextlib import nullcontext
+
+            def advance(amount: int) -> None:
+                raise Stop
+
+            return nullcontext(advance)
+
+    with pytest.raises(Stop):
+        conmoe.plan(folder, statistics, tmp_path / "cut", SEQUENTIAL, progress=StopAfterOne())
+    assert (tmp_path / "cut.partial").is_dir()
+    resumed = conmoe.plan(folder, statistics, tmp_path / "cut", SEQUENTIAL)
+    in_memory = conmoe.plan(folder, statistics, None, SEQUENTIAL)
+    for other in (resumed, in_memory):
+        for mine, its in zip(whole.scopes, other.scopes, strict=True):
+            assert torch.equal(mine.plan.assignment_E, its.plan.assignment_E)
+            assert mine.plan.predicted_error == its.plan.predicted_error
+    at_once = conmoe.plan(
+        folder, statistics, None, conmoe.Request(method="naee", options={"tokens": 64}, form="shared")
+    )
+    errors = [[scope.plan.predicted_error for scope in plan.scopes] for plan in (whole, at_once)]
+    assert errors[0][0] == errors[1][0]
+    assert errors[0][1] != errors[1][1]
+
+
+def test_what_cannot_be_sequential_is_refused(checkpoint, calibrated, tmp_path):
+    with pytest.raises(conmoe.UsageError, match="--scope 1 with --sequential"):
+        conmoe.plan(
+            checkpoint("olmoe"), calibrated("olmoe"), request=conmoe.Request(scope=2, sequential=True, form="shared")
+        )
+
+
+def test_compress_takes_it(checkpoint, tmp_path):
+    result = conmoe.compress(
+        checkpoint("deepseek_v3"),
+        tmp_path / "out",
+        tmp_path / "work",
+        token_data(),
+        conmoe.Request(method="conmoe", sequential=True),
+        conmoe.progress.SILENT,
+        calibration=conmoe.Calibration(sample=64),
+        held_out=token_data(2, seed=3),
+    )
+    assert result.fidelity is not None
+    assert result.fidelity.kl is not None
+    assert result.fidelity.kl.value > 0
