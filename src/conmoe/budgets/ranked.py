@@ -28,7 +28,7 @@ def global_(
 
     Scores grow with depth, as the norms of outputs do; as shares (times the experts of the layer) those of two layers
     can be compared. A layer in which a few experts do most of the work keeps few. Every layer keeps what its router
-    needs.
+    needs. To hear the scores, the method plans every layer once more, at the even count.
     """
     return spread(_shares(context, score), context.total, context.floor, context.cap, context.step)
 
@@ -52,7 +52,11 @@ def _shares(context: Context, name: str) -> list[Tensor]:
     """Of each scope, its experts' scores over the mean of their layer; infinite for protected experts."""
     shares = []
     for position, scope in enumerate(context.scopes):
-        keep = min(context.uniform[position], context.cap[position] - context.step)
+        floor, cap = context.floor[position], context.cap[position]
+        if floor == cap:
+            shares.append(torch.full((cap,), torch.inf))
+            continue
+        keep = min(max(context.uniform[position], floor), cap - context.step)
         scores = context.plan_scope(position, keep).plan.scores
         found = next((each for each in ((name,) if name else SCORES) if each in scores), None)
         if found is None:
