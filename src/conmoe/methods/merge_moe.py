@@ -54,7 +54,9 @@ def mergemoe(
     free.
 
     ``predicted_error`` is ``sum_n ||y_n - y'_n||^2 / sum_n ||y_n||^2`` of the routed experts' output on that sample.
-    Cost, beside ``E^2 D I`` for the cosines: ``n (E + K)`` expert evaluations and ``n I (I + D)`` per group.
+    Cost, beside ``2 E^2 D I`` multiplications for the cosines: ``n (E + K)`` expert evaluations (gated: ``2 n k``) and
+    ``n I (I + D)`` multiplications per group. Of 128 experts with D = 2048 and I = 768, half of them kept, on 4,096
+    tokens: 9e12 operations, a minute on one CPU core, and a quarter of that gated.
     """
     if ridge < 0:
         raise UsageError(f"Option 'ridge' cannot be negative, as {ridge:g} is.")
