@@ -433,7 +433,7 @@ def test_a_token_that_the_teacher_rules_out_counts_nothing():
     ("change", "words"),
     [
         ({"mode": "router"}, "--against SOURCE"),
-        ({"mode": "all"}, "experts or router"),
+        ({"mode": "all"}, "experts, router or prune"),
         ({"learning_rate": 0.0}, "learning rate"),
         ({"learning_rate": float("nan")}, "learning rate"),
         ({"temperature": 0.0}, "temperature"),
@@ -480,7 +480,7 @@ def test_a_model_or_text_that_does_not_fit(compressed, checkpoint, tmp_path):
 
 
 def test_without_accelerate_the_extra_is_named(compressed, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_module("conmoe.tune"), "is_accelerate_available", lambda: False)
+    monkeypatch.setattr(import_module("conmoe.tune.options"), "is_accelerate_available", lambda: False)
     with pytest.raises(conmoe.UsageError, match=re.escape('pip install "conmoe[tune]"')):
         tune(compressed("olmoe", "shared"), tmp_path / "out", text(), FAST, Quiet())
 

@@ -7,7 +7,6 @@ leaves over, all experts together; ``A`` is the length of such a line, ``L`` the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from conmoe.ops.lines import count_of, highest
 from conmoe.types import ConmoeError, UsageError
 
 Structure = Literal["rows", "columns"]
@@ -251,11 +251,9 @@ def _output_energy(residual_OI: Tensor, x_nI: Tensor, structure: Structure) -> T
 
 def _highest(importance: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
     """``index_S`` of each name: the highest of all lines of all names."""
-    sizes = [lines_KL.numel() for lines_KL in importance.values()]
-    flat = torch.cat([lines_KL.flatten() for lines_KL in importance.values()])
-    chosen = torch.zeros(flat.numel(), dtype=torch.bool)
-    chosen[flat.argsort(descending=True, stable=True)[: math.floor(ratio * flat.numel() + 0.5)]] = True
-    return {name: part.nonzero().flatten() for name, part in zip(importance, chosen.split(sizes), strict=True)}
+    count = count_of(ratio, sum(lines_KL.numel() for lines_KL in importance.values()))
+    masks = highest(list(importance.values()), count)
+    return {name: mask.flatten().nonzero().flatten() for name, mask in zip(importance, masks, strict=True)}
 
 
 def _gather(

@@ -73,13 +73,20 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
 def tuning_section(record: Mapping[str, Any]) -> str:
     """What the card says of a tuning, from its record (:mod:`conmoe.tune`); it follows the card of the checkpoint."""
     options, data = record["options"], record["data"]
-    what = {"experts": "experts of the layers that the plan changed", "router": "routers"}[record["mode"]]
-    towards = {"experts": "language modelling", "router": "KL(source \\|\\| model)"}[record["mode"]]
+    what, towards = {
+        "experts": ("experts of the layers that the plan changed", "language modelling"),
+        "router": ("routers", "KL(source \\|\\| model)"),
+        "prune": (
+            "low ranks of the experts, and the rows or columns beside them",
+            f"language modelling, and {options['distillation']:g} of KL(source \\|\\| model)",
+        ),
+    }[record["mode"]]
     rows = [
         ("tuned", f"{record['parameters']:,} parameters: the {what}"),
         ("towards", towards),
         ("text", f"{data['sequences']:,} sequences of {data['seq_len']:,} tokens: {'; '.join(data['sources'])}"),
         ("steps", f"{record['steps']:,} of {options['batch']} sequences, learning rate {options['learning_rate']:g}"),
+        *([("rows or columns left", "{:,} of {:,}".format(*record["lines"]))] if record["lines"] else []),
         ("seed", options["seed"]),
         ("fingerprint before tuning", f"`{record['model']}`"),
     ]

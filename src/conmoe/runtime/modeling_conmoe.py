@@ -313,8 +313,9 @@ class FactoredExperts(nn.Module):
         return torch.stack((gate_nI, up_nI), dim=-1).flatten(-2)
 
     def _product(self, matrix: str, expert: int, x_nI: Tensor) -> Tensor:
-        left_Or, right_rI = self.get_parameter(f"{matrix}_left")[expert], self.get_parameter(f"{matrix}_right")[expert]
-        values_SA, index_S = self.get_parameter(f"{matrix}_values"), self.get_buffer(f"{matrix}_index")
+        # Not get_parameter: where they are tuned, the values of this pass are plain tensors.
+        left_Or, right_rI = getattr(self, f"{matrix}_left")[expert], getattr(self, f"{matrix}_right")[expert]
+        values_SA, index_S = getattr(self, f"{matrix}_values"), getattr(self, f"{matrix}_index")
         rows = self.structures[matrix] == "rows"
         lines = self.shapes[matrix][0 if rows else 1]
         bounds = torch.tensor([expert, expert + 1], device=index_S.device) * lines
@@ -325,7 +326,7 @@ class FactoredExperts(nn.Module):
             y_nO = y_nO.index_add(1, line_s, nn.functional.linear(x_nI, values_sA))
         else:
             y_nO = y_nO + x_nI[:, line_s] @ values_sA
-        return y_nO + self.get_parameter(f"{matrix}_bias")[expert] if self.has_bias else y_nO
+        return y_nO + getattr(self, f"{matrix}_bias")[expert] if self.has_bias else y_nO
 
 
 class StaticRouter(nn.Module):
