@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from conmoe.calibrate import Calibration
-from conmoe.registry import Form, bind_options, get_budget, get_method, methods
+from conmoe.registry import Budget, Form, Method, bind_options, get_budget, get_method, methods
 from conmoe.request import Request
 from conmoe.types import UsageError
 
@@ -42,17 +42,19 @@ class Candidate:
     request: Request
 
     def at(self, keep: str, seed: int, options: Calibration) -> Request:
-        """The request at one budget. A method with a seed of its own gets the calibration's, unless told otherwise."""
-        given = dict(self.request.options or {})
-        if "seed" in get_method(self.request.method).options:
-            given.setdefault("seed", seed)
+        """The request at one keep. What draws by a seed of its own gets the calibration's, unless told otherwise."""
         return replace(
             self.request,
             keep=keep,
-            options=given,
+            options=_seeded(get_method(self.request.method), self.request.options, seed),
+            budget_options=_seeded(_budget(self.request), self.request.budget_options, seed),
             device=options.device,
             trust_remote_code=options.trust_remote_code,
         )
+
+
+def _seeded(item: Method | Budget, options: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
+    return ({"seed": seed} if "seed" in item.options else {}) | dict(options or {})
 
 
 def parse_candidates(texts: Sequence[str]) -> tuple[Candidate, ...]:
@@ -67,7 +69,7 @@ def parse_candidates(texts: Sequence[str]) -> tuple[Candidate, ...]:
 
 
 def parse_candidate(text: str) -> Candidate:
-    """``METHOD[:OPTION=VALUE,...]``; scope, form, layers, budget and budget.OPTION are the plan's, not the method's."""
+    """``METHOD[:OPTION=VALUE,...]``, where some options are those of the plan: ``OF_PLAN`` and ``budget.OPTION``."""
     method, _, rest = text.partition(":")
     given: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
@@ -84,8 +86,12 @@ def parse_candidate(text: str) -> Candidate:
         **of_plan,
     )
     bind_options(get_method(method), given)
-    bind_options(get_budget(request.budget or get_method(method).budget), request.budget_options or {})
+    bind_options(_budget(request), request.budget_options or {})
     return Candidate(text, request)
+
+
+def _budget(request: Request) -> Budget:
+    return get_budget(request.budget or get_method(request.method).budget)
 
 
 def _read_scope(text: str) -> int:
@@ -100,6 +106,18 @@ def _read_form(text: str) -> Form:
     return text  # type: ignore[return-value]
 
 
+def _read_sequential(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise UsageError(f"sequential takes true or false, not {text!r}.")
+    return text == "true"
+
+
 #: Options of a candidate that are the plan's, not its method's.
-OF_PLAN: Mapping[str, Callable[[str], Any]] = {"scope": _read_scope, "form": _read_form, "layers": str, "budget": str}
+OF_PLAN: Mapping[str, Callable[[str], Any]] = {
+    "scope": _read_scope,
+    "form": _read_form,
+    "layers": str,
+    "budget": str,
+    "sequential": _read_sequential,
+}
 OF_BUDGET = "budget."

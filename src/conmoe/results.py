@@ -141,7 +141,7 @@ class Bench(Record):
     @property
     def stderr_over(self) -> str:
         seeds = len(self.calibrations)
-        return f"{seeds} calibration seeds" if seeds > 1 else "sequences (one calibration seed)"
+        return f"{seeds} calibration seeds, on the same text" if seeds > 1 else "sequences (one calibration seed)"
 
     def at(self, keep: str) -> tuple[Row, ...]:
         """The rows of one keep: the closest to the source first, those that failed last."""

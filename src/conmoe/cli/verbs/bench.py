@@ -152,7 +152,7 @@ def show(made: Bench) -> None:
             console.stdout.print(line, soft_wrap=True)
         console.stdout.print()
     note = f"KL in nats per token; ± one standard error over {made.stderr_over}."
-    console.stdout.print(Text(note, style="dim"), soft_wrap=True)
+    console.stdout.print(Text(note, style="dim"))
 
 
 def _headings(made: Bench) -> list[str]:
