@@ -29,7 +29,8 @@ from conmoe.artifacts import (
     write_plan,
 )
 from conmoe.checkpoint import MTP_FIELDS
-from conmoe.forms import check_form, departures
+from conmoe.folding import fold
+from conmoe.forms import check_form, departures, sliced_counts
 from conmoe.moe import count_field
 from conmoe.outputs import forget_prototypes, plan_outputs
 from conmoe.registry import Form
@@ -155,7 +156,8 @@ def result_config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) 
         return config
     counts = _stated(source.config, config, count_field(source.config))
     if form == "sliced":
-        return config | dict.fromkeys(counts, plan.scopes[0].plan.mixing_KE.shape[0])
+        (left,) = sliced_counts(source.layers, plan)
+        return {**config, **fold(source, plan).changes, **dict.fromkeys(counts, left)}
     logical = source.layers[0].logical
     pools = _pools(source, plan)
     sizes = [size for _, size in pools.values()] if pools else [plan.scopes[0].plan.mixing_KE.shape[0]]

@@ -45,7 +45,7 @@ def stored_experts(layer: MoeLayer, scope: ScopePlan | None, form: Form) -> Stor
     if form == "expanded":
         mine = own_part(scope, layer, plan.assignment_E), own_part(scope, layer, plan.gain_E)
         return Stored(plan, *mine, None, True)
-    if form == "sliced":
+    if form == "sliced" and not is_condensed(scope):
         rows = representatives(plan)
         return Stored(plan, torch.arange(K), plan.gain_E[rows], rows, True)
     assignment_E = own_part(scope, layer, plan.assignment_E)
@@ -137,18 +137,24 @@ def check_form(layers: Sequence[MoeLayer], plan: Plan, form: Form) -> None:
         return
     if any(len(scope.layers) > 1 for scope in plan.scopes):
         raise UsageError("Layers that share a pool of prototypes have no sliced form; use --form shared.")
-    counts = {scope.plan.mixing_KE.shape[0] for scope in plan.scopes}
-    planned = {scope.layers[0] for scope in plan.scopes}
-    if len(counts) > 1 or (planned != {layer.index for layer in layers} and counts != {layers[0].logical}):
+    if len(sliced_counts(layers, plan)) > 1:
         raise UsageError("The sliced form stores one number of experts for all layers, and this plan has several.")
-    for scope in plan.scopes:
+    for scope in (scope for scope in plan.scopes if not is_condensed(scope)):
         layer = next(layer for layer in layers if layer.index == scope.layers[0])
         check_router(layer, representatives(scope.plan))
 
 
+def sliced_counts(layers: Sequence[MoeLayer], plan: Plan) -> set[int]:
+    """How many experts the layers have that keep their routers; condensed ones become dense layers."""
+    count = {layer.index: layer.logical for layer in layers}
+    count |= {index: scope.plan.mixing_KE.shape[0] for scope in plan.scopes for index in scope.layers}
+    condensed = {index for scope in plan.scopes if is_condensed(scope) for index in scope.layers}
+    return {count[index] for index in count if index not in condensed}
+
+
 def _unlike_stock(plan: LayerPlan, form: Form) -> str:
     """What ``plan`` has that the classes of the source's family have no place for, and cannot do without."""
-    if plan.static_K is not None:
+    if form == "expanded" and plan.static_K is not None:
         return "condenses layers"
     if any("." in name for name in plan.weights):
         return "stores experts as factors"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conmoe.checkpoint import disk_name, is_stack, renumbered
+from conmoe.folding import fold, forget_folded
 from conmoe.forms import Stored, is_condensed, own_part, stored_experts
 from conmoe.moe import MoeLayer, family_layout, logical_rows
 from conmoe.ops.experts import concatenate, mix, tensors
@@ -25,11 +26,14 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
     scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
     outputs: list[Output] = []
     sliced_rows = router_rows(source, plan, form)
+    replaced = fold(source, plan).replaced if form == "sliced" else {}
     experts = {f"{layer.experts}.": layer for layer in layers.values()}
     routerless = tuple(f"{layer.router}." for layer in layers.values() if is_condensed(scope_of.get(layer.index)))
     for target, sources in source.layout.sources.items():
         owner = next((layer for prefix, layer in experts.items() if target.startswith(prefix)), None)
-        if owner is not None:
+        if target in replaced:
+            outputs += replaced[target]
+        elif owner is not None:
             outputs += _expert_outputs(source, owner, target, scope_of.get(owner.index), form)
         elif target.startswith(routerless):
             continue
@@ -154,6 +158,7 @@ def _prototypes(key: _Scope, scaled: bool) -> dict[str, Tensor]:
 def forget_prototypes() -> None:
     """Free the scope that was computed last."""
     _prototypes.cache_clear()
+    forget_folded()
 
 
 def _rows(entry: Held, axis: int, rows: Tensor) -> Output:

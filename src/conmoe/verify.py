@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conmoe.apply import check_plan
+from conmoe.checkpoint import read_module
+from conmoe.folding import Folding, fold
 from conmoe.forms import stored_experts
 from conmoe.moe import MoeLayer
 from conmoe.outputs import map_name, maps, router_rows
+from conmoe.preview import preview
 from conmoe.registry import Form
+from conmoe.runtime import register_family
 from conmoe.shards import Held, raw_chunks, read_tensor
 from conmoe.source import Source, open_source
 from conmoe.stream import open_stream
@@ -42,7 +47,14 @@ def verify(
     scopes = {index: scope for scope in plan.scopes for index in scope.layers}
     layers = {layer.index: layer for layer in source.layers}
     rows = router_rows(source, plan, form)
+    folding = fold(source, plan) if form == "sliced" else Folding({}, {}, ())
+    folded = {output.name: output for outputs in folding.replaced.values() for output in outputs}
     for target, pieces in made.layout.sources.items():
+        if pieces[0].entry.name in folded:
+            for piece in pieces:
+                _same(piece.entry, folded[piece.entry.name])
+                advance(piece.entry.nbytes)
+            continue
         layer = next((layer for layer in layers.values() if target.startswith(f"{layer.experts}.")), None)
         scope = scopes.get(layer.index) if layer else None
         if layer is not None and scope is not None and target in source.layout.sources:
@@ -61,6 +73,8 @@ def verify(
     if form == "shared":
         for index, layer in layers.items():
             _check_maps(source, made, layer, scopes.get(index))
+    if folding.blocks:
+        _check_folded(source, made, plan, folding.blocks)
     _check_forward(made)
 
 
@@ -110,6 +124,31 @@ def _check_maps(source: Source, made: Source, layer: MoeLayer, scope: ScopePlan 
         entry = made.entries[map_name(source, path, value)]
         if not torch.equal(read_tensor(entry), value):
             raise ConmoeError(f"{entry.name} in {entry.file} differs from the plan; the result is damaged.")
+
+
+def _check_folded(source: Source, made: Source, plan: Plan, blocks: Sequence[str]) -> None:
+    """Dense layers must compute what the experts with static gates compute that they were folded from."""
+    register_family(source.config.model_type)
+    condensed = preview(source, plan, "shared")
+    for path in blocks:
+        before, after = (_loaded(each, path) for each in (condensed, made))
+        D = source.model.get_decoder().config.hidden_size
+        hidden = torch.randn(1, 8, D, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            outputs = [module(hidden) for module in (before, after)]
+        expected, got = (out[0] if isinstance(out, tuple) else out for out in outputs)
+        rounding = max(4 * torch.finfo(source.model.dtype).eps, 1e-4)
+        if not float((got - expected).norm()) <= rounding * float(expected.norm()):
+            raise ConmoeError(f"The dense layer {path} of {made.folder} does not answer as its experts do.")
+
+
+def _loaded(source: Source, path: str) -> nn.Module:
+    """A copy of one module, with its weights in float32."""
+    module = copy.deepcopy(source.model.get_submodule(path))
+    weights = read_module(source.layout, source.model, f"{path}.", module)
+    float32 = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    module.load_state_dict(float32, assign=True)
+    return module
 
 
 def _check_forward(made: Source) -> None:
