@@ -19,13 +19,14 @@ from conmoe.search import Space, apportion, evolve, first_population, mutate
 from conmoe.source import open_source
 from conmoe.stream import open_stream
 from conmoe.types import Plan
+from tests.commands import runner, write_text
 from tests.conftest import token_data
 from tests.families import EXPERTS, TOP_K, save_tiny
 from tests.results import by_layer, config_of, load, logits, silenced
 
 LAYERS = 4
 TOTAL = LAYERS * EXPERTS // 2
-RAGGED = sorted(name for name, budget in conmoe.budgets().items() if not budget.even)
+RANKED = ["global", "dominant"]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,7 @@ def test_groups_of_a_router_keep_equally_many_whatever_the_budget(checkpoint, ca
         assert all(count in (4, 6, 8) for count in counts)
 
 
-@pytest.mark.parametrize("budget", sorted(set(RAGGED) - {"evoesap"}))
+@pytest.mark.parametrize("budget", RANKED)
 @pytest.mark.parametrize(("method", "floor"), [("reap", TOP_K), ("conmoe", 1), ("m-smoe", 1)])
 def test_a_ranked_budget_spends_all_it_has_within_bounds(budget, method, floor, planned):
     for keep in ("25%", "50%", "0.8", "100%"):
@@ -460,6 +461,17 @@ def test_evoesap_finds_at_least_the_best_it_begins_with(method, planned, tmp_pat
     assert sizes(again) == sizes(plan)
 
 
+def test_evoesap_works_around_protected_experts_and_in_scopes(planned):
+    small = {"sequences": "1", "population": "4", "generations": "2", "elites": "2"}
+    protect = tuple(f"2:{expert}" for expert in range(6))
+    plan = planned(method="reap", budget="evoesap", budget_options=small, protect=protect)
+    assert sum(sizes(plan)) == TOTAL
+    assert sizes(plan)[2] >= 7
+    plan = planned(method="conmoe", budget="evoesap", budget_options=small, scope=2, keep="25%")
+    assert sum(sizes(plan)) == TOTAL // 2
+    assert [scope.layers for scope in plan.scopes] == [(0, 1), (2, 3)]
+
+
 def test_a_killed_search_goes_on(planned, tmp_path):
     class Killed(BaseException):
         pass
@@ -496,3 +508,50 @@ def test_an_unsearchable_search_is_refused(planned):
     for options in ({"elites": "9", "population": "8"}, {"generations": "0"}, {"sequences": "0"}):
         with pytest.raises(conmoe.UsageError, match="evoesap takes at least one"):
             planned(method="reap", budget="evoesap", budget_options=options)
+
+
+# Command line -------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_and_layers_on_the_command_line(model, statistics, tmp_path, capsys):
+    run = runner(capsys)
+    options = ["--budget", "evoesap"]
+    for name, value in SMALL.items():
+        options += ["--budget-option", f"{name}={value}"]
+    done = run("plan", model, statistics, tmp_path / "plan", "--method", "reap", "--keep", "4", *options)
+    assert done.code == 0
+    assert "ESAP" in done.err
+    assert sum(sizes(conmoe.read_plan(tmp_path / "plan"))) == TOTAL
+    listed = run("plan", model, statistics, tmp_path / "listed", "--layers", "0,2", "--budget", "3,5")
+    assert listed.code == 0
+    assert sizes(conmoe.read_plan(tmp_path / "listed")) == [3, 5]
+    for words, sentence in (
+        (["--budget", "dominant"], "Missing option '--keep'"),
+        (["--budget", "2,2,2"], "lists 3 counts for 4 layers"),
+        (["--keep", "4", "--budget-option", "seed"], "--budget-option takes NAME=VALUE, not 'seed'"),
+        (["--keep", "4", "--layers", "7"], "no experts there"),
+    ):
+        failed = run("plan", model, statistics, tmp_path / "none", *words)
+        assert failed.code == 2
+        assert sentence in failed.err
+
+
+def test_compress_takes_a_budget(model, tmp_path, capsys):
+    text = write_text(tmp_path)
+    words = ["--method", "reap", "--layers", "1-3", "--budget", "dominant", "--keep", "0.6", "--json"]
+    small = ["--data", text, "--tokens", "256", "--seq-len", "32", "--eval-tokens", "128", "--sample", "64"]
+    done = runner(capsys)("compress", model, tmp_path / "out", *words, *small)
+    assert done.code == 0, done.err
+    assert (done.json["budget"], done.json["form"]) == ("dominant", "shared")
+    plan = conmoe.read_plan(tmp_path / "out" / "conmoe")
+    assert list(by_layer(plan)) == [1, 2, 3]
+    assert sum(sizes(plan)) == 15
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_budgets_are_listed(capsys):
+    run = runner(capsys)
+    assert {"uniform", "global", "dominant", "evoesap"} <= set(run("budgets", "--json").json)
+    shown = run("budgets").out
+    assert all(name in shown for name in conmoe.budgets())
+    assert "--budget-option generations=50" in shown

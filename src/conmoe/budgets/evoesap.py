@@ -41,17 +41,18 @@ def evoesap(
     Which experts a layer keeps at each count is the method's decision; only the counts are searched, their sum fixed.
     The fitness is ESAP, the mean over tokens of ``sum over the vocabulary of min(p_source, p_candidate)`` = 1 - total
     variation, both models reading the calibration text: the chance that speculative decoding would accept the
-    candidate's token. Search: see :mod:`conmoe.search`. Departures: the authors take the answers of 64 maths problems,
-    we every token of the calibration sequences; equal candidates count once among the elites; scopes and any method.
+    candidate's token. The search is that of :mod:`conmoe.search`. Departures: the authors take the answers to 64 maths
+    problems, we every token of the calibration sequences; equal candidates count once among the elites; with any
+    method, and with scopes.
 
     Cost: ``population + (generations - 1) (population - elites)`` candidates, 1,404 by default, less those met twice.
-    Each is one pass of ``sequences`` through a model whose layers are read from the source's files and changed on the
-    way (fast only where these stay in the system's file cache), plus the head twice. That is some 5 s for a model of 7B
-    parameters on a GPU, two hours in all, and about ten times that for 30B; on a CPU take few sequences of few
-    candidates. The method plans each layer at each count that is tried, once: seconds for a score, much more for one
-    that compares outputs or aligns experts; and the plans of methods that make new weights are held in memory, all
-    layers of a candidate at once, and on disk for every count. A killed search goes on: ``search.json`` beside the plan
-    has every candidate that was measured.
+    Each is one pass of ``sequences`` through a model whose layers are made from the source's files on the way, plus
+    the head of both. So each candidate reads the weights once (14 GB for 7B parameters; keep the files where the
+    system can cache them) and computes twice the active parameters for each token (85 TFLOP for 64 sequences of 512
+    tokens and 1.3B): minutes to hours on a GPU, and on a CPU only with few sequences, candidates and generations. The
+    method plans each layer at each count that is tried, once: nothing for a score, much for one that compares outputs
+    or aligns experts; what it makes of new weights is held in memory for all layers of a candidate, and on disk for
+    every count. A killed search goes on: ``search.json`` beside the plan has every candidate that was measured.
     """
     if min(sequences, population, generations, elites) < 1 or elites > population:
         raise UsageError(
@@ -59,7 +60,9 @@ def evoesap(
         )
     space = Space(context.floor, context.cap, context.total, context.step)
     generator = Generator().manual_seed(seed)
-    first = first_population(space, population, context.uniform, generator)
+    fits = all(low <= count for low, count in zip(context.floor, context.uniform, strict=True))
+    even = context.uniform if fits else space.keeping([1.0] * len(context.uniform))  # protected experts need more
+    first = first_population(space, population, even, generator)
     candidates = population + (generations - 1) * (population - elites)
     with ExitStack() as stack:
         advance = stack.enter_context(context.progress.stage("search", candidates, "candidates"))
