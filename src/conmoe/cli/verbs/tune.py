@@ -25,15 +25,16 @@ def tune(
         str,
         typer.Option(
             help="experts: language modelling, only the experts of layers that the plan changed; router: only the "
-            "routers, towards the next-token distribution of --against."
+            "routers, towards the next-token distribution of --against; prune: a checkpoint of mc-smoe, stored with "
+            "--option ratio=1.0, loses rows (or columns) while it learns from text and --against."
         ),
     ] = "experts",
     against: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="The checkpoint that MODEL was made from: the teacher of --mode router, and what held-out text is "
-            "compared with.",
+            help="The checkpoint that MODEL was made from: the teacher of --mode router and prune, and what held-out "
+            "text is compared with.",
         ),
     ] = None,
     data: Data = None,
@@ -60,7 +61,28 @@ def tune(
     warmup: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps over which the learning rate rises.")
     ] = 0.0,
-    temperature: Annotated[float, typer.Option(help="Of both distributions, in --mode router.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Of both distributions, in --mode router (1 by default) and prune (2).", show_default=False),
+    ] = None,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="In --mode prune: the share of rows beside the low ranks that is left in the end."
+        ),
+    ] = 0.1,
+    distillation: Annotated[
+        float,
+        typer.Option(min=0.0, help="In --mode prune: weight of KL(source || model) beside language modelling."),
+    ] = 0.2,
+    prune_start: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="In --mode prune: share of the steps after which the first rows go."),
+    ] = 0.04,
+    prune_end: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="In --mode prune: share of the steps after which the last have gone."),
+    ] = 0.84,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -94,6 +116,10 @@ def tune(
         gradient_checkpointing=gradient_checkpointing,
         save_steps=save_steps,
         trust_remote_code=trust_remote_code,
+        ratio=ratio,
+        distillation=distillation,
+        prune_start=prune_start,
+        prune_end=prune_end,
     )
     check(folder, out, options, against=source, force=force)
     read_specs(evaluate_data)
@@ -113,4 +139,5 @@ def tune(
         rows = [("before", "", tuned.before), ("after", "", tuned.after)]
         console.stdout.print(tables.fidelity_table(f"{tuned.after.tokens:,} held-out tokens", rows))
     moved = f"{tuned.tensors} tensors, {tables.quantity(tuned.parameters)} parameters"
-    say(f"{out}: {moved}, tuned in {tuned.steps} steps.")
+    left = "; {:,} of {:,} rows are left".format(*tuned.lines) if tuned.lines else ""
+    say(f"{out}: {moved}, tuned in {tuned.steps} steps{left}.")
