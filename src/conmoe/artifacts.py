@@ -100,6 +100,7 @@ class PlanRecord(Record):
     statistics: str
     budget: str = "uniform"
     budget_options: dict[str, Any] = {}
+    refine: str = "none"
     scopes: tuple[ScopeRecord, ...]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from conmoe.calibrate import Calibration
 from conmoe.registry import Budget, Form, Method, bind_options, get_budget, get_method, methods
-from conmoe.request import Request
+from conmoe.request import Request, parse_refine
 from conmoe.types import UsageError
 
 ALL = "all"
@@ -119,5 +119,6 @@ OF_PLAN: Mapping[str, Callable[[str], Any]] = {
     "layers": str,
     "budget": str,
     "sequential": _read_sequential,
+    "refine": parse_refine,
 }
 OF_BUDGET = "budget."

@@ -65,6 +65,7 @@ class Result:
             "budget": self.plan.budget,
             "budget_options": record["budget_options"],
             "options": record["options"],
+            "refine": self.plan.refine,
             "protected": record["protected"],
             "predicted_error": {str(scope["layers"][0]): scope["predicted_error"] for scope in record["scopes"]},
             "calibration": self.manifest.model_dump(mode="json", exclude={"documents"}),

@@ -37,6 +37,7 @@ from conmoe.moe import MoeLayer
 from conmoe.ops.experts import select, tensors
 from conmoe.ops.outliers import super_experts
 from conmoe.ops.plans import embed, identity
+from conmoe.ops.refit import refine
 from conmoe.ops.subsets import join_layers, restrict
 from conmoe.progress import SILENT, Progress
 from conmoe.registry import Form, Method
@@ -124,7 +125,7 @@ def plan(
             _passage(source, statistics, manifest, request, folder) as passage,
         ):
             for position, (scope, count) in enumerate(zip(asked.scopes, counts, strict=True)):
-                done.append(scope_plans(position, count, passage))
+                done.append(scope_plans.final(position, count, passage))
                 if passage:
                     passage.follow(done[-1], context.assemble)
                 advance(len(scope))
@@ -198,32 +199,43 @@ class _ScopePlans:
         self._request, self._manifest, self._folder = request, manifest, folder
         self._made: dict[tuple[int, int], ScopePlan] = {}
 
-    def __call__(self, position: int, keep: int, passage: Passage | None = None) -> ScopePlan:
-        if passage is None and (position, keep) in self._made:
+    def final(self, position: int, keep: int, passage: Passage | None) -> ScopePlan:
+        """The plan that counts, on inputs that passed ``passage`` and refined, if either was asked for."""
+        return self(position, keep, passage, refined=self._request.refine != "none")
+
+    def __call__(self, position: int, keep: int, passage: Passage | None = None, *, refined: bool = False) -> ScopePlan:
+        draft = passage is None and not refined
+        if draft and (position, keep) in self._made:
             return self._made[position, keep]
         scope = self._asked.scopes[position]
-        name = f"layer-{scope[0].index:05}-{keep}" + ("-sequential" if passage else "")
+        name = (
+            f"layer-{scope[0].index:05}-{keep}" + ("-sequential" if passage else "") + ("-refined" if refined else "")
+        )
         part = self._folder and self._folder / name
         if part and (part / PLAN_JSON).is_file():
             made = read_plan(part).scopes[0]
         else:
-            made = ScopePlan(tuple(layer.index for layer in scope), self._decide(scope, keep, passage))
+            made = ScopePlan(tuple(layer.index for layer in scope), self._decide(scope, keep, passage, refined))
             if part:
                 part.mkdir(exist_ok=True)
                 write_plan(part, _assemble([made], self._asked, self._request, self._protected, self._manifest))
         # new weights are gigabytes, and lie on disk already
-        if passage is None and not (part and made.plan.weights):
+        if draft and not (part and made.plan.weights):
             self._made[position, keep] = made
         return made
 
-    def _decide(self, scope: Sequence[MoeLayer], keep: int, passage: Passage | None) -> LayerPlan:
+    def _decide(self, scope: Sequence[MoeLayer], keep: int, passage: Passage | None, refined: bool) -> LayerPlan:
         method, options, device = self._asked.method, self._asked.options, self._request.device
-        read = read_experts if "weights" in method.needs else outline_experts
+        read = read_experts if refined or "weights" in method.needs else outline_experts
         known = passage.statistics if passage else (lambda layer: read_layer(self._statistics, layer.index))
         loaded = [_load(read(self._source, layer), known(layer), device) for layer in scope]
         wide_statistics, wide_experts = join_layers([part for part, _ in loaded], [part for _, part in loaded])
         held = positions(scope, self._protected)
-        return plan_layer(method, wide_statistics, wide_experts, keep, held, self._asked.groups, options)
+        made = plan_layer(method, wide_statistics, wide_experts, keep, held, self._asked.groups, options)
+        if not refined or keep == made.assignment_E.numel():
+            return made
+        frozen = made.assignment_E[list(held)].tolist()
+        return refine(self._request.refine, wide_statistics.sample, wide_experts, made, frozen=frozen)
 
 
 def plan_layer(
@@ -317,4 +329,5 @@ def _assemble(
         version=__version__,
         budget=asked.budget.name,
         budget_options=asked.budget_options,
+        refine=request.refine,
     )

@@ -11,6 +11,7 @@ from conmoe.allocate import parse_counts, parse_keep, uniform
 from conmoe.forms import check_groups
 from conmoe.methods import DEFAULT_METHOD
 from conmoe.moe import MoeLayer
+from conmoe.ops.refit import KINDS, Kind
 from conmoe.registry import Budget, Form, Method, bind_options, get_budget, get_method
 from conmoe.types import UsageError
 
@@ -18,6 +19,8 @@ from conmoe.types import UsageError
 Protected = Mapping[int, tuple[int, ...]]
 
 DEFAULT_KEEP = "0.5"
+#: Methods whose prototypes are products of factors.
+FACTORED = ("mc-smoe",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Request:
     budget: str = ""  # its name, or the prototypes of each scope, as in "12,16,16"; empty: the method's own
     budget_options: Mapping[str, Any] | None = None
     sequential: bool = False  # calibrate each layer anew, on inputs that passed the compressed layers before it
+    refine: Kind = "none"  # fit gains or down projections to the layer's own output afterwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
                 _check_router(asked_by, scope[0], count // len(scope))
     if form == "sliced" and (len(planned) < len(layers) or len(set(counts)) > 1) and counts != cap:
         form = "shared"  # which is the one that holds layers of different sizes
+    _check_refine(request, method, drops)
     asked = Asked(method, options, budget, budget_options, keep, scopes, counts, cap, cuts, form)
 
     named = named_experts(layers, request.protect)
@@ -171,6 +176,17 @@ def parse_layers(text: str, layers: Sequence[MoeLayer]) -> list[MoeLayer]:
             )
         chosen.update(inside)
     return [layer for layer in layers if layer.index in chosen]
+
+
+def parse_refine(text: str) -> Kind:
+    """What ``--refine`` names.
+
+    Raises:
+        UsageError: it names nothing.
+    """
+    if text not in KINDS:
+        raise UsageError(f"--refine takes {', '.join(KINDS)}, not {text!r}.")
+    return text
 
 
 def windows(planned: Sequence[MoeLayer], layers: Sequence[MoeLayer], width: int) -> tuple[tuple[MoeLayer, ...], ...]:
@@ -262,6 +278,19 @@ def _check_sliced(request: Request, budget: Budget, whole: bool) -> None:
         raise UsageError(
             f"The budget {budget.name!r} lets layers keep different numbers of experts, which the sliced form cannot "
             "hold; use --form shared, or --budget uniform."
+        )
+
+
+def _check_refine(request: Request, method: Method, drops: bool) -> None:
+    if parse_refine(request.refine) == "none":
+        return
+    what = "condenses layers" if method.condenses else "stores experts as factors" if method.name in FACTORED else ""
+    if what:
+        raise UsageError(f"{method.name!r} {what}, which cannot be refined; use --refine none.")
+    if drops and request.scope > 1:
+        raise UsageError(
+            f"{method.name!r} drops experts, and layers that share a pool of prototypes have no one router to ask what "
+            "it would choose without them; use --scope 1 with --refine."
         )
 
 

@@ -201,6 +201,7 @@ class Plan:
     version: str
     budget: str = "uniform"  # how the prototypes were shared out over the scopes; each scope's plan has its own
     budget_options: Mapping[str, Any] = field(default_factory=dict)
+    refine: str = "none"  # what was fitted to the layers' own outputs afterwards
 
     def __post_init__(self) -> None:
         layers = [layer for scope in self.scopes for layer in scope.layers]

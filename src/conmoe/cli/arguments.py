@@ -41,6 +41,15 @@ Sequential = Annotated[
         help="Plan each layer on inputs that passed through the compressed layers before it. Runs every layer twice.",
     ),
 ]
+Refine = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help="Afterwards fit the plan to what each layer's own experts added on the token sample: gains (a multiplier "
+        "for each expert's gate), refit (the down projections, in closed form) or none. With --sequential on inputs "
+        "from the compressed layers.",
+    ),
+]
 Layers = Annotated[
     str, typer.Option(metavar="LIST", help="Decoder layers to plan: 10-23,26. The others stay as they are.")
 ]

@@ -17,7 +17,7 @@ from conmoe.data import DataSpec, TokenData, check_tokenizer, load_tokenizer, lo
 from conmoe.documents import first_line
 from conmoe.parallel import local_rank
 from conmoe.registry import Form, get_method
-from conmoe.request import Request
+from conmoe.request import Request, parse_refine
 from conmoe.source import load_config, open_source
 from conmoe.types import UsageError
 
@@ -83,6 +83,7 @@ def read_request(
     budget: str = "",
     budget_option: list[str] | None = None,
     sequential: bool = False,
+    refine: str = "none",
 ) -> Request:
     if not keep and not parse_counts(budget):
         raise UsageError("Missing option '--keep': how much stays, such as 0.5, or 48 experts of each layer.")
@@ -100,6 +101,7 @@ def read_request(
         budget,
         _read_options("--budget-option", budget_option),
         sequential,
+        parse_refine(refine),
     )
 
 

@@ -25,6 +25,7 @@ from conmoe.cli.arguments import (
     Model,
     Options,
     Protect,
+    Refine,
     Remote,
     Sample,
     Scope,
@@ -50,6 +51,7 @@ def compress(
     protect: Protect = None,
     scope: Scope = 1,
     sequential: Sequential = False,
+    refine: Refine = "none",
     form: FormName = None,
     data: Data = None,
     tokens: Tokens = 32768,
@@ -98,6 +100,7 @@ def compress(
         budget,
         budget_option,
         sequential,
+        refine,
     )
     calibration = conmoe.Calibration(sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
     conmoe.check(folder, out, request, force=force)

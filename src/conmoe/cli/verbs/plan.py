@@ -22,6 +22,7 @@ from conmoe.cli.arguments import (
     Model,
     Options,
     Protect,
+    Refine,
     Remote,
     Scope,
     Sequential,
@@ -44,6 +45,7 @@ def plan(
     protect: Protect = None,
     scope: Scope = 1,
     sequential: Sequential = False,
+    refine: Refine = "none",
     form: FormName = None,
     device: Device = "cpu",
     force: Force = False,
@@ -72,6 +74,7 @@ def plan(
         budget,
         budget_option,
         sequential,
+        refine,
     )
     made = conmoe.plan(folder, statistics, out, request, force=force, progress=console.Bars())
     notes.protected(made)
