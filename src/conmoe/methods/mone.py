@@ -29,13 +29,14 @@ def mone(
     ranking: Annotated[Ranking, "which experts are kept: those of highest ..."] = "fusion",
     constant: Annotated[Literal["mean", "zero"], "what answers for the others; zero is the ablation"] = "mean",
 ) -> LayerPlan:
-    """Keep the experts that are chosen with weight and vary; each other one answers with its own mean output.
+    """Keep the experts that are chosen often and vary; each other one answers with its own mean output.
 
-    ``r_j = mean gate_j * ||std of E_j(x)||`` ("fusion"), over the tokens of ``j``; other rankings take one factor, or
-    the variance of what the expert reads ("input_variance"), or of its hidden units, each weighted by the squared norm
-    of its column in the down projection ("unit_variance"); the last two look at the token sample. The router stays,
-    and the gate of a pruned expert multiplies its constant. Variances are exact, from sums; the authors' code runs an
-    approximate update. An expert without tokens is the first to go, and its constant is zero.
+    ``r_j = mean gate_j * ||std of E_j(x)||`` ("fusion"): the gate over all tokens of the layer, zero where ``j`` was
+    not chosen, so that use counts; the deviation over the tokens of ``j``. Other rankings take the gate alone, or the
+    norm of a variance: of the output, of what the expert reads ("input_variance"), or of its hidden units, each times
+    the squared norm of its column in the down projection ("unit_variance"); the last two look at the token sample. The router stays, and the gate of a pruned expert
+    multiplies its constant. Variances are unbiased and exact, from sums; the authors' code runs an approximate update.
+    An expert without tokens is the first to go, and its constant is zero.
 
     In a scope each layer is ranked by shares, as norms grow with depth.
     """
@@ -59,17 +60,25 @@ def _mean(sums: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _gate(statistics: LayerStatistics, experts: Experts) -> Tensor:
-    return _mean(statistics.sums, "gate")
+    # over all tokens of the layer: their number is the same for all experts
+    return statistics.sums["gate"].double()
+
+
+def _output_variances(statistics: LayerStatistics) -> Tensor:
+    """``[E, D]``, unbiased; zero for an expert of fewer than two tokens."""
+    mean_ED, square_ED = _mean(statistics.sums, "output"), _mean(statistics.sums, "output_squared")
+    count_E1 = statistics.sums["count"].double().unsqueeze(1)
+    variance_ED: Tensor = (square_ED - mean_ED.square()).clamp_min(0) * count_E1 / (count_E1 - 1).clamp_min(1)
+    return torch.where(count_E1 > 1, variance_ED, 0.0)
 
 
 def _output_variance(statistics: LayerStatistics, experts: Experts) -> Tensor:
-    mean_ED, square_ED = _mean(statistics.sums, "output"), _mean(statistics.sums, "output_squared")
-    variance_ED: Tensor = (square_ED - mean_ED.square()).clamp_min(0)
-    return variance_ED.sum(dim=1)
+    norm_E: Tensor = torch.linalg.vector_norm(_output_variances(statistics), dim=1)
+    return norm_E
 
 
 def _fusion(statistics: LayerStatistics, experts: Experts) -> Tensor:
-    return _gate(statistics, experts) * _output_variance(statistics, experts).sqrt()
+    return _gate(statistics, experts) * _output_variances(statistics).sum(dim=1).sqrt()
 
 
 def _input_variance(statistics: LayerStatistics, experts: Experts) -> Tensor:
@@ -85,14 +94,14 @@ def _unit_variance(statistics: LayerStatistics, experts: Experts) -> Tensor:
 
 
 def _variance_of(sample: TokenSample, experts: Experts, value: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """The variance of ``value(expert, x)`` over the sample tokens of each expert, added up over its components."""
+    """The norm of the variances of the components of ``value(expert, x)`` over the sample tokens of each expert."""
     if not sample.hidden_nD.shape[0]:
         raise UsageError("This ranking looks at the token sample, and there is none; calibrate with --sample.")
     found = torch.zeros(experts.gate_EID.shape[0], dtype=torch.float64)
     for expert in range(found.numel()):
         x_nD = sample.hidden_nD[(sample.index_nk == expert).any(dim=1)]
-        if len(x_nD):
-            found[expert] = value(expert, x_nD).var(dim=0, unbiased=False).sum().cpu()
+        if len(x_nD) > 1:
+            found[expert] = torch.linalg.vector_norm(value(expert, x_nD).var(dim=0)).cpu()
     return found
 
 
