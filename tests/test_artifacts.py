@@ -68,7 +68,19 @@ def test_a_plan_comes_back_as_it_was(tmp_path):
     artifacts.write_plan(tmp_path, plan)
     assert_same(conmoe.read_plan(tmp_path), plan)
     assert plan_fingerprint(conmoe.read_plan(tmp_path)) == plan_fingerprint(plan)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "plan.safetensors"]
+    weights = [f"weights-{scope.layers[0]:05}.safetensors" for scope in plan.scopes if scope.plan.weights]
+    assert weights
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "plan.safetensors", *weights]
+
+
+def test_the_copy_of_a_plan_that_lies_with_its_result_does_without_new_weights(tmp_path):
+    plan = whole_plan()
+    artifacts.write_plan(tmp_path, plan, weights=False)
+    bare = replace(plan, scopes=tuple(replace(scope, plan=replace(scope.plan, weights={})) for scope in plan.scopes))
+    assert_same(artifacts.read_plan(tmp_path, weights=False), bare)
+    with pytest.raises(conmoe.UsageError, match="the copy of a plan that lies with its result"):
+        conmoe.read_plan(tmp_path)
+    assert json.loads((tmp_path / "plan.json").read_text())["scopes"][0]["kept"] == [None] * 3
 
 
 def test_the_readable_half_of_a_plan_says_what_is_kept(tmp_path):

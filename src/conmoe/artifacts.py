@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from conmoe.types import (
@@ -84,6 +84,7 @@ class ScopeRecord(Record):
     assignment: tuple[int, ...]
     predicted_error: float | None
     skip: float = 0.0
+    new_weights: tuple[str, ...] = ()  # tensors that are neither copies nor mixtures of the source's
 
 
 class PlanRecord(Record):
@@ -258,24 +259,41 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
 
 
-def write_plan(folder: Path, plan: Plan) -> None:
-    """Store a plan as ``plan.json`` and ``plan.safetensors`` in an existing folder."""
+def write_plan(folder: Path, plan: Plan, *, weights: bool = True) -> None:
+    """Store a plan in an existing folder: ``plan.json``, ``plan.safetensors``, and the new weights of each scope.
+
+    ``weights=False`` leaves the new weights out, for the copy of a plan that travels with its result: they may be as
+    large as the result itself, which holds them.
+    """
+    if weights:
+        for scope in plan.scopes:
+            if scope.plan.weights:
+                _write_tensors(_weights_file(folder, scope.layers[0]), scope.plan.weights)
     write_atomic(folder / PLAN_TENSORS, _serialize(_plan_tensors(plan)))
     write_atomic(folder / PLAN_JSON, plan_record(plan).model_dump_json(indent=2) + "\n")
 
 
 def plan_fingerprint(plan: Plan) -> str:
     """Name a plan by everything in it: the readable half alone does not tell two mixtures apart."""
-    return fingerprint([plan_record(plan).model_dump(), hashlib.sha256(_serialize(_plan_tensors(plan))).hexdigest()])
+    digest = hashlib.sha256()
+    weights = ((f"{scope.layers}.{name}", value) for scope in plan.scopes for name, value in scope.plan.weights.items())
+    for name, value in sorted([*_plan_tensors(plan).items(), *weights], key=lambda item: item[0]):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return fingerprint([plan_record(plan).model_dump(), digest.hexdigest()])
+
+
+def _weights_file(folder: Path, layer: int) -> Path:
+    return folder / f"weights-{layer:05}.safetensors"
 
 
 def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
+    """Everything but new weights."""
     tensors: dict[str, Tensor] = {}
     for i, scope in enumerate(plan.scopes):
         layer = scope.plan
         tensors |= {f"{i}.assignment": layer.assignment_E, f"{i}.mixing": layer.mixing_KE, f"{i}.gain": layer.gain_E}
         tensors |= {f"{i}.{name}": value for name, value in _optional(layer).items()}
-        tensors |= {f"{i}.weights.{name}": value for name, value in layer.weights.items()}
         tensors |= {f"{i}.scores.{name}": value for name, value in layer.scores.items()}
     return tensors
 
@@ -299,6 +317,7 @@ def plan_record(plan: Plan) -> PlanRecord:
             if scope.plan.predicted_error != scope.plan.predicted_error
             else scope.plan.predicted_error,
             skip=scope.plan.skip,
+            new_weights=tuple(sorted(scope.plan.weights)),
         )
         for scope in plan.scopes
     )
@@ -316,17 +335,32 @@ def kept_experts(plan: LayerPlan) -> list[int | None]:
     return [int(e) if single and not plan.weights else None for e, single in zip(expert, one_hot, strict=True)]
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: Path, *, weights: bool = True) -> Plan:
     """Load a plan; its consistency is checked by the types themselves.
 
+    Args:
+        folder: where :func:`write_plan` put it. New weights stay on disk until they are looked at.
+        weights: ``False`` leaves new weights out, for those who ask what a plan did, not how.
+
     Raises:
-        UsageError: the folder holds no plan.
+        UsageError: the folder holds no plan, or only the copy that travels with a result, without its new weights.
     """
     record = _read_record(PlanRecord, folder / PLAN_JSON, "plan; make one with conmoe plan")
     tensors, _ = _read_tensors(folder / PLAN_TENSORS)
 
-    def named(prefix: str) -> Mapping[str, Tensor]:
+    def scores(i: int) -> Mapping[str, Tensor]:
+        prefix = f"{i}.scores."
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    def new_weights(scope: ScopeRecord) -> Mapping[str, Tensor]:
+        file = _weights_file(folder, scope.layers[0])
+        if not weights or not scope.new_weights:
+            return {}
+        if not file.is_file():
+            raise UsageError(
+                f"{folder} is the copy of a plan that lies with its result, which holds the new weights; plan again."
+            )
+        return _read_tensors(file)[0]
 
     try:
         scopes = tuple(
@@ -336,9 +370,9 @@ def read_plan(folder: Path) -> Plan:
                     tensors[f"{i}.assignment"],
                     tensors[f"{i}.mixing"],
                     tensors[f"{i}.gain"],
-                    named(f"{i}.weights."),
+                    new_weights(scope),
                     float("nan") if scope.predicted_error is None else scope.predicted_error,
-                    named(f"{i}.scores."),
+                    scores(i),
                     tensors.get(f"{i}.constant"),
                     tensors.get(f"{i}.static"),
                     scope.skip,
@@ -371,6 +405,13 @@ def _serialize(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = 
         for name, value in tensors.items()
     }
     return save(own, metadata)
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Store tensors that may be large, atomically and without their bytes in memory a second time."""
+    temporary = file.with_name(file.name + ".tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    os.replace(temporary, file)
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conmoe.checkpoint import read_parameter
 from conmoe.moe import MoeLayer
 from conmoe.ops.factors import Factors, from_weights, to_weights
 from conmoe.ops.lines import count_of, highest, line_importance, moving_average, share_at
-from conmoe.shards import DTYPES
+from conmoe.shards import DTYPES, read_tensor
 from conmoe.source import Source
 from conmoe.tune.options import Tuning
-from conmoe.types import ConmoeError, LayerPlan, Plan, ScopePlan, UsageError
+from conmoe.types import EXPERT_TENSORS, LayerPlan, Plan, ScopePlan, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +35,39 @@ class Lines:
     possible: int  # how many may be stored, beside protected ones
 
 
-def stored_lines(source: Source, plan: Plan) -> dict[str, Lines]:
-    """The lines of a checkpoint, by the parameter that holds their values.
+def with_factors(source: Source, plan: Plan) -> Plan:
+    """The plan of a checkpoint with the factors that it stores; the copy of the plan beside it leaves them out."""
+    layers = {layer.index: layer for layer in source.layers}
 
-    Raises:
-        ConmoeError: they are not those that the plan names.
-    """
+    def filled(scope: ScopePlan) -> ScopePlan:
+        layer = layers.get(scope.layers[0])
+        structures = layer and getattr(source.model.get_submodule(layer.experts), "structures", None)
+        if not layer or not structures:
+            return scope
+        canonical = {name.partition("_")[0]: name for name in EXPERT_TENSORS if "bias" not in name}
+        factors = {}
+        for matrix, structure in structures.items():
+            path = f"{layer.experts}.{matrix}"
+            left_KOr, right_KrI, values_SA, index_S = (
+                read_tensor(source.layout.sources[f"{path}_{part}"][0].entry)
+                for part in ("left", "right", "values", "index")
+            )
+            factors[canonical[matrix]] = Factors(left_KOr, right_KrI, values_SA, index_S, structure)
+        return ScopePlan(scope.layers, replace(scope.plan, weights=to_weights(factors)))
+
+    return replace(plan, scopes=tuple(filled(scope) for scope in plan.scopes))
+
+
+def stored_lines(source: Source, plan: Plan) -> dict[str, Lines]:
+    """The lines of a checkpoint, by the parameter that holds their values."""
     found: dict[str, Lines] = {}
     for _, scope, layer in _factored(source, plan):
         held = scope.plan.assignment_E[list(plan.protected.get(layer.index, ()))]
         for name, item in from_weights(scope.plan.weights)[0].items():
             path = _path(layer, name)
-            index_S = read_parameter(source.layout, source.model, f"{path}_index", torch.int64)
-            if not torch.equal(index_S, item.index_S):
-                raise ConmoeError(f"{path}_index in {source.folder} is not what its plan says.")
-            free_S = ~torch.isin(index_S // item.lines, held)
+            free_S = ~torch.isin(item.index_S // item.lines, held)
             possible = (item.left_KOr.shape[0] - held.unique().numel()) * item.lines
-            found[f"{path}_values"] = Lines(index_S, free_S, possible)
+            found[f"{path}_values"] = Lines(item.index_S, free_S, possible)
     return found
 
 

@@ -72,7 +72,7 @@ def write_cut(source: Source, plan: Plan, folder: Path, written: int) -> None:
     config = json.loads((folder / "config.json").read_text())
     changed = json.dumps(cut_config(config, source, plan), indent=2, sort_keys=True)
     (folder / "config.json").write_text(changed + "\n")
-    write_plan(folder / PLAN_FOLDER, plan)
+    write_plan(folder / PLAN_FOLDER, plan, weights=False)
     if (folder / PLAN_FOLDER / RESULTS).is_file():
         results = json.loads((folder / PLAN_FOLDER / RESULTS).read_text())
         write_json(folder / PLAN_FOLDER / RESULTS, {**results, "bytes": written})

@@ -33,7 +33,7 @@ from conmoe.report.card import tuning_section
 from conmoe.source import Source, open_source
 from conmoe.tune.options import Mode, Tuning, check_options
 from conmoe.tune.parameters import tuned_parameters
-from conmoe.tune.pruning import LinePruning, cut, cut_plan, stored_lines
+from conmoe.tune.pruning import LinePruning, cut, cut_plan, stored_lines, with_factors
 from conmoe.tune.result import copy_rest, write, write_cut
 from conmoe.tune.training import steps_of, train
 from conmoe.types import ConmoeError, Plan, UsageError
@@ -96,8 +96,8 @@ def tune(
     """
     refuse_several("tune")
     check_options(options, data, held_out, against)
-    plan = _read_plan(model)
     source = open_source(model, trust_remote_code=options.trust_remote_code)
+    plan = with_factors(source, _read_plan(model))
     teacher = open_source(against, trust_remote_code=options.trust_remote_code) if against else None
     for text in filter(None, (data, held_out)):
         check_vocabularies([source, *([teacher] if teacher else [])], text)
@@ -241,7 +241,7 @@ def _read_plan(model: Path) -> Plan:
         raise UsageError(
             f"{model} holds no plan ({PLAN_FOLDER}/{PLAN_JSON}); tune what conmoe compress or apply wrote."
         )
-    return read_plan(model / PLAN_FOLDER)
+    return read_plan(model / PLAN_FOLDER, weights=False)
 
 
 def _previous(model: Path) -> dict[str, Any] | None:
