@@ -34,9 +34,10 @@ def mone(
     ``r_j = mean gate_j * ||std of E_j(x)||`` ("fusion"): the gate over all tokens of the layer, zero where ``j`` was
     not chosen, so that use counts; the deviation over the tokens of ``j``. Other rankings take the gate alone, or the
     norm of a variance: of the output, of what the expert reads ("input_variance"), or of its hidden units, each times
-    the squared norm of its column in the down projection ("unit_variance"); the last two look at the token sample. The router stays, and the gate of a pruned expert
-    multiplies its constant. Variances are unbiased and exact, from sums; the authors' code runs an approximate update.
-    An expert without tokens is the first to go, and its constant is zero.
+    the squared norm of its column in the down projection ("unit_variance"); the last two look at the token sample.
+    The router stays, and the gate of a pruned expert multiplies its constant. Variances are unbiased and exact, from
+    sums; the authors' code runs an approximate update. An expert without tokens is the first to go, and its constant
+    is zero.
 
     In a scope each layer is ranked by shares, as norms grow with depth.
     """
