@@ -56,10 +56,11 @@ def dern(
     plan = plans.compose(pruned.assignment_E, torch.stack([recipe_E for recipe_E, _ in recombined]))
     order_K = plan.assignment_E[kept_K].argsort()  # recipes name dropped experts too, which may come first
     weights = {
-        name: torch.stack([recombined[position][1][name] for position in order_K.tolist()]) for name in recombined[0][1]
+        name: torch.stack([recombined[position][1][name] for position in order_K.tolist()]).cpu()
+        for name in recombined[0][1]
     }
     if experts.down_bias_ED is not None:
-        weights["down_bias_ED"] = experts.down_bias_ED[kept_K[order_K]]
+        weights["down_bias_ED"] = experts.down_bias_ED[kept_K[order_K]].cpu()
     return replace(plan, weights=weights, scores=pruned.scores)
 
 

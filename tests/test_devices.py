@@ -1,0 +1,96 @@
+"""Methods work where weights and the token sample are on a GPU and sums are on the CPU; the GPU is pretended."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conmoe.ops import subsets
+from conmoe.ops.experts import tensors
+from conmoe.registry import Method, bind_options, methods
+from conmoe.types import Experts, LayerPlan, LayerStatistics, UsageError, sample_tensors
+from tests.layers import observe, random_experts
+from tests.pretended_gpu import PretendedGpu, is_there, put
+
+#: Options without which a method would not compute much on layers as small as these.
+SMALL: dict[str, dict[str, Any]] = {
+    "mc-smoe": {"rank": 2, "ratio": 0.3},
+    "sub-moe": {"rank": 0.5},
+    "dern": {"threshold": 0.1},
+}
+#: Methods that plan each layer alone.
+EACH_ALONE = {"cd-moe", "naee"}
+plan_layer = import_module("conmoe.plan").plan_layer
+
+
+def cases() -> list[Any]:
+    """Every method by its defaults, alone and in a scope, and alone with every other choice of every option."""
+    found = []
+    for method in methods().values():
+        found += [pytest.param(method, {}, scope, id=f"{method.name}-{scope}") for scope in (1, 2)]
+        for option in method.options.values():
+            values = option.choices or ((True, False) if option.type is bool else ())
+            found += [
+                pytest.param(method, {option.name: value}, 1, id=f"{method.name}-{option.name}={value}")
+                for value in values
+                if value != option.default
+            ]
+    return found
+
+
+def on_gpu(seed: int) -> tuple[LayerStatistics, Experts]:
+    layer = observe(random_experts(8, seed=seed, bias=True), seed=seed, T=40, unused=(3,))
+    original = layer.experts.reroute
+    assert original is not None
+
+    def reroute(hidden_nD: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor]:
+        index_nk, weight_nk = original(hidden_nD.cpu(), kept_K.cpu())
+        return index_nk.to(hidden_nD.device), weight_nk.to(hidden_nD.device)
+
+    weights: dict[str, Any] = {name: put(tensor.clone()) for name, tensor in tensors(layer.experts).items()}
+    sample = layer.statistics.sample
+    moved: dict[str, Any] = {name: put(tensor.clone()) for name, tensor in sample_tensors(sample).items()}
+    statistics = replace(layer.statistics, sample=replace(sample, **moved))
+    return statistics, replace(layer.experts, **weights, reroute=reroute)
+
+
+@pytest.mark.parametrize(("method", "options", "scope"), cases())
+def test_every_method_plans_on_a_gpu_and_brings_the_plan_back(method: Method, options: dict[str, Any], scope: int):
+    parts = [on_gpu(seed) for seed in range(scope)]
+    held = () if method.condenses else (1,)
+    with PretendedGpu():
+        statistics, experts = subsets.join_layers([part for part, _ in parts], [part for _, part in parts])
+        bound = bind_options(method, {**SMALL.get(method.name, {}), **options})
+        if scope == 2 and method.name in EACH_ALONE:
+            with pytest.raises(UsageError, match="--scope 1"):
+                plan_layer(method, statistics, experts, 10, held, 1, bound)
+            return
+        plan = plan_layer(method, statistics, experts, 5 * scope, held, 1, bound)
+    assert not [name for name, tensor in contents(plan).items() if is_there(tensor)], "left on the GPU"
+
+
+def contents(plan: LayerPlan) -> dict[str, Tensor]:
+    named = {name: getattr(plan, name) for name in ("assignment_E", "mixing_KE", "gain_E", "constant_CD", "static_K")}
+    return {name: value for name, value in named.items() if value is not None} | {**plan.weights, **plan.scores}
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
+    here = torch.ones(3)
+    with PretendedGpu():
+        there = here.to("cuda")
+        assert there.device.type == "cuda"
+        assert (there * 2).sum().device.type == "cuda"
+        assert there[torch.tensor([1])].cpu().device.type == "cpu"
+        for mistake in (
+            lambda: here + there,
+            there.numpy,
+            lambda: here[there.long()],
+            lambda: torch.cat([here, there]),
+        ):
+            with pytest.raises(AssertionError):
+                mistake()
