@@ -51,8 +51,8 @@ def evoesap(
     system can cache them) and computes twice the active parameters for each token (85 TFLOP for 64 sequences of 512
     tokens and 1.3B): minutes to hours on a GPU, and on a CPU only with few sequences, candidates and generations. The
     method plans each layer at each count that is tried, once: nothing for a score, much for one that compares outputs
-    or aligns experts; what it makes of new weights is held in memory for all layers of a candidate, and on disk for
-    every count. A killed search goes on: ``search.json`` beside the plan has every candidate that was measured.
+    or aligns experts; its new weights, if it makes any, take disk for every count (memory, if the plan has no folder).
+    A killed search goes on: ``search.json`` beside the plan has every candidate that was measured.
     """
     if min(sequences, population, generations, elites) < 1 or elites > population:
         raise UsageError(
