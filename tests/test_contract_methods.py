@@ -144,6 +144,22 @@ def test_parts_of_a_layer_are_planned_and_joined(method: Method):
 
 
 @every_method
+def test_where_a_scope_drops_experts_every_router_has_as_many_left_as_it_picks(method: Method):
+    if method.form_with(bind_options(method, {})) != "sliced" or method.name == "naee":
+        pytest.skip("drops nothing, or no scope")
+    layers = [
+        observe(random_experts(8, seed=0), k=3, unused=(0, 1, 2)),
+        observe(random_experts(8, seed=1), k=3, seed=1),
+    ]
+    statistics, experts = subsets.join_layers(
+        [layer.statistics for layer in layers], [layer.experts for layer in layers]
+    )
+    plan = method.function(statistics, experts, 6, **bind_options(method, {}))
+    left = (plan.assignment_E >= 0).view(2, 8).sum(dim=1)
+    assert left.tolist() == [3, 3]
+
+
+@every_method
 def test_methods_explain_themselves(method: Method):
     assert method.help
     assert method.paper

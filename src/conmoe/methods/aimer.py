@@ -20,7 +20,7 @@ def aimer(statistics: LayerStatistics, experts: Experts, keep: int) -> LayerPlan
     of one size, less the more a few weights stand out. The highest go. Biases do not count.
     """
     flatness_E = _flatness(experts)
-    plan = scores.prune_lowest(1.0 / flatness_E, statistics.owner_E, keep)
+    plan = scores.prune_lowest(1.0 / flatness_E, statistics, keep)
     return replace(plan, scores={**plan.scores, "mean_over_rms": flatness_E})
 
 

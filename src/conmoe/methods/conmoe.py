@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conmoe.ops import coverage, plans
 from conmoe.ops.fusion import average_own
-from conmoe.ops.scores import layer_sizes, minmax, score, share_within, top
+from conmoe.ops.scores import minmax, own_by_default, score, share_within, top
 from conmoe.ops.similarity import functional_distance, mean_output_distance, weight_distance
 from conmoe.registry import method
 from conmoe.types import Experts, LayerPlan, LayerStatistics, TokenSample, UsageError
@@ -69,7 +69,7 @@ def conmoe(
     cost_EE = DISTANCES[distance](statistics.sample, experts).cpu()
     contribution_E = share_within(score(statistics.sums, *CONTRIBUTIONS[contribution]), owner_E)
     replaceability_E = _nearest_other(cost_EE)
-    own = _own_by_default(statistics, keep) if min_own < 0 else min_own
+    own = own_by_default(statistics, keep) if min_own < 0 else min_own
     if selection == "coverage" and signal != "contribution":
         demand_E = contribution_E if signal == "both" else torch.ones_like(contribution_E)
         kept_K = coverage.cover(cost_EE, demand_E.clamp_min(UNUSED * float(demand_E.mean())), keep, owner_E, own)
@@ -96,12 +96,6 @@ def _nearest_other(cost_EE: Tensor) -> Tensor:
 def _product(contribution_E: Tensor, replaceability_E: Tensor, signal: Signal) -> Tensor:
     factors = {"contribution": minmax(contribution_E), "replaceability": minmax(replaceability_E)}
     return factors["contribution"] * factors["replaceability"] if signal == "both" else factors[signal]
-
-
-def _own_by_default(statistics: LayerStatistics, keep: int) -> int:
-    """As many prototypes of its own for each layer as its router picks, where there are so many."""
-    size_W = layer_sizes(statistics.owner_E)
-    return min(statistics.sample.index_nk.shape[1], keep // size_W.numel(), int(size_W.min()))
 
 
 def _random_map(kept_K: Tensor, owner_E: Tensor, seed: int) -> Tensor:

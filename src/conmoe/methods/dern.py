@@ -40,7 +40,7 @@ def dern(
     if not 0.0 < threshold <= 1.0 or iterations < 0:
         raise UsageError("Option 'threshold' is a cosine above 0 and up to 1, and 'iterations' is not negative.")
     importance_E = scores.score(statistics.sums, mean=False, alpha=1, beta=0)
-    pruned = scores.prune_lowest(importance_E, statistics.owner_E, keep)
+    pruned = scores.prune_lowest(importance_E, statistics, keep)
     if keep == importance_E.numel():
         return pruned
     dropped = (pruned.assignment_E < 0).nonzero().flatten()

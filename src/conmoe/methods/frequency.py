@@ -15,4 +15,4 @@ def frequency(statistics: LayerStatistics, experts: Experts, keep: int) -> Layer
     says, only how often it is asked.
     """
     score_E = scores.score(statistics.sums, mean=False, alpha=0, beta=0)
-    return scores.prune_lowest(score_E, statistics.owner_E, keep)
+    return scores.prune_lowest(score_E, statistics, keep)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 
-from conmoe.ops import plans
+from conmoe.ops import plans, scores
 from conmoe.registry import method
 from conmoe.types import Experts, LayerPlan, LayerStatistics
 
@@ -21,5 +21,8 @@ def random(
     same.
     """
     E = statistics.owner_E.numel()
-    kept_K = torch.randperm(E, generator=torch.Generator().manual_seed(seed))[:keep]
+    if keep == E:
+        return plans.identity(E)
+    draw_E = torch.randperm(E, generator=torch.Generator().manual_seed(seed))
+    kept_K = scores.top(-draw_E.argsort(), keep, statistics.owner_E, scores.own_by_default(statistics, keep))
     return plans.prune(kept_K, E)

@@ -62,7 +62,8 @@ def ream(
         return plans.identity(keep)
     score_E = scores.score(statistics.sums, mean=True, alpha=1, beta=1).cpu()
     share_E = scores.share_within(score_E, owner_E)
-    centroid_K = scores.top(share_E, keep, owner_E, min_own=1)
+    own = max(scores.own_by_default(statistics, keep), 1)  # fewer than one is refused
+    centroid_K = scores.top(share_E, keep, owner_E, own)
     distance_EE = 1 - _similarity(statistics, experts).cpu()
     distance_EE[owner_E.unsqueeze(1) != owner_E] = torch.inf
     group_E = _groups(distance_EE, centroid_K, share_E, group_size)

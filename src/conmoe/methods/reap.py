@@ -15,4 +15,4 @@ def reap(statistics: LayerStatistics, experts: Experts, keep: int) -> LayerPlan:
     rows of dropped experts leave the router, and the softmax runs over the survivors.
     """
     score_E = scores.score(statistics.sums, mean=True, alpha=1, beta=1)
-    return scores.prune_lowest(score_E, statistics.owner_E, keep)
+    return scores.prune_lowest(score_E, statistics, keep)

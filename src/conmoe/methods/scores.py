@@ -72,4 +72,4 @@ def score(
 
 
 def _prune(statistics: LayerStatistics, keep: int, mean: bool, alpha: float, beta: float) -> LayerPlan:
-    return scores.prune_lowest(scores.score(statistics.sums, mean, alpha, beta), statistics.owner_E, keep)
+    return scores.prune_lowest(scores.score(statistics.sums, mean, alpha, beta), statistics, keep)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conmoe.ops import plans
-from conmoe.types import LayerPlan, UsageError
+from conmoe.types import LayerPlan, LayerStatistics, UsageError
 
 #: Which statistic is the sum over tokens of g^alpha * ||E||^beta.
 SUMS: dict[tuple[float, float], str] = {
@@ -39,11 +39,15 @@ def score(sums: Mapping[str, Tensor], mean: bool, alpha: float, beta: float) -> 
     return total_E / sums["count"].clamp_min(1) if mean else total_E
 
 
-def prune_lowest(score_E: Tensor, owner_E: Tensor, keep: int) -> LayerPlan:
-    """Keep the ``keep`` experts of highest score, each score a share of its layer's, and drop the others."""
+def prune_lowest(score_E: Tensor, statistics: LayerStatistics, keep: int) -> LayerPlan:
+    """Keep the ``keep`` experts of highest score, each score a share of its layer's, and drop the others.
+
+    In a scope every layer keeps as many as its router picks.
+    """
     if keep == score_E.numel():
         return plans.identity(keep)
-    kept_K = top(share_within(score_E, owner_E), keep)
+    owner_E = statistics.owner_E
+    kept_K = top(share_within(score_E, owner_E), keep, owner_E, own_by_default(statistics, keep))
     return replace(plans.prune(kept_K, score_E.numel()), scores={"score": score_E})
 
 
@@ -77,6 +81,12 @@ def top(score_E: Tensor, keep: int, owner_E: Tensor | None = None, min_own: int 
             own_E[(ranked_owner_E == layer).nonzero().flatten()[:min_own]] = True
         order_E = torch.cat([order_E[own_E], order_E[~own_E]])
     return order_E[:keep].sort().values
+
+
+def own_by_default(statistics: LayerStatistics, keep: int) -> int:
+    """As many prototypes of its own for each layer of a scope as its router picks, where there are so many."""
+    size_W = layer_sizes(statistics.owner_E)
+    return min(statistics.sample.index_nk.shape[1], keep // size_W.numel(), int(size_W.min()))
 
 
 def layer_sizes(owner_E: Tensor) -> Tensor:
