@@ -63,7 +63,16 @@ def ages(out, pattern):
 @pytest.fixture(scope="module")
 def made(checkpoint, tmp_path_factory):
     """A bench of several kinds of methods after two calibrations, and its folder."""
-    names = ["reap", "conmoe", "random", "random:seed=5", "conmoe:fusion=frequency", "mone", "conmoe:form=sliced"]
+    names = [
+        "reap",
+        "conmoe",
+        "random",
+        "random:seed=5",
+        "conmoe:fusion=frequency",
+        "mone",
+        "conmoe:form=sliced",
+        "reap:refine=gains",
+    ]
     out = tmp_path_factory.mktemp("bench") / "table"
     return bench(checkpoint("olmoe"), out, names, ("0.5", "6"), seeds=2), out
 
@@ -128,6 +137,7 @@ def test_groups_and_forms_are_read_off_the_plans(made):
         "conmoe:fusion=frequency": ("closed form", "shared", False),
         "mone": ("closed form", "shared", False),
         "conmoe:form=sliced": ("weight-preserving", "sliced", True),
+        "reap:refine=gains": ("closed form", "sliced", False),
     }
 
 
@@ -239,6 +249,7 @@ def test_a_domain_or_a_method_that_is_added_costs_only_itself(checkpoint, tmp_pa
     one = bench(model, out, ["reap"], domains={"far": DOMAINS["far"]}, force=True)
     assert numbers(one) == numbers(first)
     assert ages(out, "statistics-0/*") == statistics
+    assert {file.name for file in (out / "work").iterdir()} == {"rows", "statistics-0"}
 
 
 def test_other_code_measures_again(checkpoint, tmp_path, monkeypatch):
@@ -293,6 +304,7 @@ def test_names_stand_for_methods_with_options():
         ("reap:budget=globl", "no budget 'globl'"),
         ("reap:budget=global,budget.spread=1", "no option of global 'spread'"),
         ("reap:sequential=1", "true or false"),
+        ("reap:refine=more", "none, gains, refit"),
     ],
 )
 def test_a_wrong_name_is_refused_before_any_work(name, said):

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from conmoe import __version__
-from conmoe.artifacts import Manifest, fingerprint, kept_experts, plan_record, write_atomic
+from conmoe.artifacts import Manifest, fingerprint, kept_experts, plan_record, remove, write_atomic
 from conmoe.calibrate import Calibration
 from conmoe.candidates import Candidate
 from conmoe.data import TokenData
@@ -84,14 +84,16 @@ def run_trial(job: Job, candidate: Candidate, keep: str, manifest: Manifest, pas
     wanted = {data.fingerprint: name for name, data in job.domains.items()}
     missing = [name for key, name in wanted.items() if key not in measured]
     if kept is None or missing:
+        work = job.out / WORK / "plan"  # new weights lie there and not in memory, and a killed search goes on
         began = perf_counter()
-        made = plan(job.model, statistics_folder(job.out, manifest.seed), None, request)
+        made = plan(job.model, statistics_folder(job.out, manifest.seed), work, request, force=True)
         seconds = perf_counter() - began
         form: Form = request.form or made.default_form  # type: ignore[assignment]
         found = _measure(job, made, form, missing, passed)
         measured |= {job.domains[name].fingerprint: _measurement(fidelity) for name, fidelity in found.items()}
         kept = _run(made, form, manifest.seed, seconds, found[missing[0]], measured)
         write_atomic(file, kept.model_dump_json(indent=1) + "\n")
+        remove(work)
     return kept.model_copy(update={"domains": {key: kept.domains[key] for key in wanted}})
 
 
