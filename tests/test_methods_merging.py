@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations, product
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -135,22 +136,40 @@ def test_hc_smoe_has_other_linkages():
     assert all(found[linkage] != found["average"] for linkage in ("single", "complete", "ward"))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_hc_smoe_has_kmeans(seed: int):
+    layer = observe(random_experts(8, seed=seed), seed=seed)
+    mean_ED = outputs(layer).mean(dim=1)
+
+    def scatter(groups: set[frozenset[int]]) -> float:
+        members = [mean_ED[list(group)] for group in groups]
+        return sum(float((part - part.mean(dim=0)).square().sum()) for part in members)
+
+    found = clusters(run(hc_smoe, layer, 3, clustering="kmeans"))
+    assert len(found) == 3
+    labels = [label for label in product((0,), *[range(3)] * 7) if len(set(label)) == 3]
+    every = [{frozenset(e for e in range(8) if label[e] == group) for group in range(3)} for label in labels]
+    assert scatter(found) <= 1.05 * min(map(scatter, every))
+
+
 def test_hc_smoe_gives_the_layers_of_a_scope_what_they_need_and_mixes_none():
     pool = random_experts(12)
     _, _, joined, experts = two_layers([[0, 1, 0, 1, 0, 1], [6, 7, 8, 9, 10, 11]], pool)
-    for linkage in ("average", "single", "complete", "ward"):
-        plan = hc_smoe(joined, experts, 7, linkage=linkage)
+    how: list[dict[str, Any]] = [{"linkage": linkage} for linkage in ("average", "single", "complete", "ward")]
+    for options in [*how, {"clustering": "kmeans"}]:
+        plan = hc_smoe(joined, experts, 7, **options)
         assert all(len({e // 6 for e in group}) == 1 for group in clusters(plan))
         assert {frozenset({0, 2, 4}), frozenset({1, 3, 5})} < clusters(plan)
 
 
-def test_hc_smoe_compares_the_layers_of_a_scope_by_their_own_measure():
+@pytest.mark.parametrize("clustering", ["hierarchical", "kmeans"])
+def test_hc_smoe_compares_the_layers_of_a_scope_by_their_own_measure(clustering: Literal["hierarchical", "kmeans"]):
     quiet = observe(random_experts(5, seed=0), seed=0)
     loud_experts = with_rows(random_experts(5, seed=0), list(range(5)))
     loud_experts.down_EDI.mul_(1000.0)
     loud = observe(loud_experts, seed=0)
     joined, experts = subsets.join_layers([quiet.statistics, loud.statistics], [quiet.experts, loud.experts])
-    groups = clusters(hc_smoe(joined, experts, 6))
+    groups = clusters(hc_smoe(joined, experts, 6, clustering=clustering))
     # the same experts but for their size: the same clusters
     assert {frozenset(e + 5 for e in group) for group in groups if max(group) < 5} == {
         group for group in groups if min(group) >= 5

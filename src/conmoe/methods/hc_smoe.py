@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from conmoe.ops import plans, similarity
-from conmoe.ops.clustering import agglomerate_within
+from conmoe.ops.clustering import agglomerate_within, kmeans_by_distance
 from conmoe.ops.zipit import merge_units
 from conmoe.registry import method
 from conmoe.types import Experts, LayerPlan, LayerStatistics, TokenSample
 
 Feature = Annotated[Literal["mean_output", "weight", "router_logits"], "what makes experts alike"]
+Clustering = Annotated[Literal["hierarchical", "kmeans"], "merge the nearest clusters, or move experts between them"]
 Linkage = Annotated[
     Literal["average", "single", "complete", "ward"], "the distance of two clusters, from those of their members"
 ]
@@ -37,6 +38,7 @@ def hc_smoe(
     keep: int,
     *,
     feature: Feature = "mean_output",
+    clustering: Clustering = "hierarchical",
     linkage: Linkage = "average",
     merge: Merge = "frequency",
 ) -> LayerPlan:
@@ -47,9 +49,12 @@ def hc_smoe(
     the mean of its members weighted by their use, and answers for all of them; the router is unchanged.
 
     From the paper's ablations: ``feature="weight"`` compares all weights in one row, ``"router_logits"`` the columns of
-    router logits over all calibration tokens. ``merge="fix-dom"`` and ``"zipit"`` first match hidden units by the
-    correlation of their activations on the tokens routed to the cluster, to those of the member nearest to the middle
-    of the cluster or among all (:mod:`conmoe.ops.zipit`).
+    router logits over all calibration tokens. ``clustering="kmeans"`` minimises squared distances to the middles of the
+    clusters; the paper finds it to depend on its random start, ours is a choice of best medoids
+    (:func:`conmoe.ops.clustering.kmeans`). ``--budget dominant`` is the authors' dynamic count of clusters.
+    ``merge="fix-dom"`` and ``"zipit"`` first match hidden units by the correlation of their activations on the tokens
+    routed to the cluster, to those of the member nearest to the middle of the cluster or among all
+    (:mod:`conmoe.ops.zipit`).
 
     Departures. The authors' code also matches output channels, which all experts of a layer share; we leave them where
     they are. In a scope, clusters stay within their layer; the scope shares out how many each gets. Clusters of unused
@@ -59,7 +64,10 @@ def hc_smoe(
     if keep == statistics.owner_E.numel():
         return plans.identity(keep)
     distance_EE = _distance(feature, statistics, experts).cpu()
-    assignment_E = agglomerate_within(distance_EE, keep, statistics.owner_E, linkage)
+    if clustering == "kmeans":
+        assignment_E = kmeans_by_distance(distance_EE, keep, statistics.owner_E)
+    else:
+        assignment_E = agglomerate_within(distance_EE, keep, statistics.owner_E, linkage)
     count_E = statistics.sums["count"].cpu()
     plan = plans.merge(assignment_E, torch.ones_like(count_E) if merge == "average" else count_E)
     if merge in ("frequency", "average"):

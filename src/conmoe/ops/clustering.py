@@ -52,16 +52,12 @@ def agglomerate_within(distance_EE: Tensor, keep: int, owner_E: Tensor, linkage:
     experts of two layers.
     """
     owner_E = owner_E.cpu()
-    layers = owner_E.unique().tolist()
-    if len(layers) == 1:
+    if owner_E.unique().numel() == 1:
         return agglomerate(distance_EE, keep, linkage)
     check_min_own(owner_E, keep, 1)
     relative_EE = torch.zeros(distance_EE.shape, dtype=torch.float64)
-    for layer in layers:
-        own = (owner_E == layer).nonzero().flatten()
-        own_EE = distance_EE.cpu().double()[own][:, own]
-        mean = own_EE.sum() / max(own.numel() * (own.numel() - 1), 1)
-        relative_EE[own.unsqueeze(1), own] = own_EE / mean.clamp_min(1e-300)
+    for own in _members(owner_E):
+        relative_EE[own.unsqueeze(1), own] = _over_mean(distance_EE[own][:, own])
     # farther than any linkage can come to be within a layer
     beyond = FARTHER * (float(relative_EE.max()) + 1)
     return agglomerate(relative_EE.masked_fill(owner_E != owner_E.unsqueeze(1), beyond), keep, linkage)
@@ -97,7 +93,7 @@ def kmeans_within(gram_EE: Tensor, keep: int, owner_E: Tensor) -> Tensor:
     """
     owner_E = owner_E.cpu()
     check_min_own(owner_E, keep, 1)
-    members = [(owner_E == layer).nonzero().flatten() for layer in owner_E.unique()]
+    members = _members(owner_E)
 
     @cache
     def fit(layer: int, count: int) -> tuple[Tensor, float]:
@@ -116,6 +112,20 @@ def kmeans_within(gram_EE: Tensor, keep: int, owner_E: Tensor) -> Tensor:
     return canonical(label_E)
 
 
+def kmeans_by_distance(distance_EE: Tensor, keep: int, owner_E: Tensor) -> Tensor:
+    """:func:`kmeans_within` of features of which only the Euclidean distances are known, each layer's over their mean.
+
+    Inner products around the middle of a layer follow from its distances (Torgerson 1952).
+    """
+    owner_E = owner_E.cpu()
+    gram_EE = torch.zeros(distance_EE.shape, dtype=torch.float64)
+    for own in _members(owner_E):
+        square_EE = _over_mean(distance_EE[own][:, own]).square()
+        mean_E = square_EE.mean(dim=1)
+        gram_EE[own.unsqueeze(1), own] = (mean_E.unsqueeze(1) + mean_E - mean_E.mean() - square_EE) / 2
+    return kmeans_within(gram_EE, keep, owner_E)
+
+
 def scatter(gram_EE: Tensor, label_E: Tensor, weight_E: Tensor | None = None) -> float:
     """``sum over experts of weight_i ||f_i - weighted mean of its cluster||^2``, where ``gram_ij = <f_i, f_j>``."""
     gram, weight = _prepare(gram_EE, weight_E)
@@ -129,6 +139,18 @@ def canonical(label_E: Tensor) -> Tensor:
     member_KE = label_E == torch.arange(int(label_E.max()) + 1).unsqueeze(1)
     rank_K: Tensor = member_KE.to(torch.int8).argmax(dim=1).argsort().argsort()
     return rank_K[label_E]
+
+
+def _members(owner_E: Tensor) -> list[Tensor]:
+    """The experts of each layer of a scope."""
+    return [(owner_E == layer).nonzero().flatten() for layer in owner_E.unique()]
+
+
+def _over_mean(distance_EE: Tensor) -> Tensor:
+    """Distances over the mean distance of two experts, in float64 on the CPU."""
+    distance_EE = distance_EE.cpu().double()
+    pairs = max(distance_EE.numel() - distance_EE.shape[0], 1)
+    return distance_EE / (distance_EE.sum() / pairs).clamp_min(1e-300)
 
 
 def _prepare(gram_EE: Tensor, weight_E: Tensor | None) -> tuple[Array, Array]:
