@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def factored(source: Path, out: Path, *, ratio=1.0, structure="rows", rank=3, pr
             kept = exact(matrices[name], structure)
             parts = [take(kept if each in held else item, torch.tensor([each])) for each in range(len(matrices[name]))]
             factors[name] = concatenate(parts)
-        layers[layer.index,] = replace(PAIRS, weights=to_weights(factors))
+        biases = {name: value + 0.1 for name, value in found.items() if "bias" in name}  # its own, as merging brings
+        layers[layer.index,] = replace(PAIRS, weights={**to_weights(factors), **biases})
     plan = replace(hand_made(source, layers), protected={1: tuple(protected)} if protected else {})
     conmoe.apply(source, plan, out, form="shared")
     return out
@@ -143,6 +145,14 @@ def test_shares_are_rounded_as_the_train_free_method_rounds_them():
     for ratio in (0.0, 0.1, 0.5, 0.6, 1.0):
         stored = sum(item.index_S.numel() for item in decompose(matrices, 2, ratio).values())
         assert stored == count_of(ratio, 39)
+
+
+def test_the_schedule_starts_from_what_is_stored():
+    lines = {"a": Lines(torch.arange(6), torch.ones(6, dtype=torch.bool), 12)}
+    pruning = LinePruning(lines, Tuning(mode="prune", ratio=0.1, prune_start=0.0, prune_end=1.0), 10)
+    left = [int(pruning.kept(step)["a"].sum()) for step in range(11)]
+    assert left == [int(12 * (0.1 + 0.4 * (1 - step / 10) ** 3) + 0.5) for step in range(11)]
+    assert (left[0], left[-1]) == (6, 1)
 
 
 def test_a_pruned_line_may_come_back():
@@ -388,11 +398,17 @@ def test_without_a_teacher_it_is_language_modelling_and_the_plan_is_not_checked(
 
 def test_a_plan_that_an_earlier_tuning_had_left_behind_is_said_not_to_hold(whole, checkpoint, tmp_path):
     source, progress = checkpoint("olmoe"), Quiet()
-    tune(whole(), tmp_path / "routers", text(), replace(FAST, mode="router"), Quiet(), against=source)
+    model = shutil.copytree(whole(), tmp_path / "model")
+    results = {"output": str(model), "fidelity": {"kl": 1.0}, "bytes": 1}
+    conmoe.write_json(model / "conmoe" / "results.json", results)
+    tune(model, tmp_path / "routers", text(), replace(FAST, mode="router"), Quiet(), against=source)
     tune(tmp_path / "routers", tmp_path / "out", text(), PRUNE, progress, against=source)
     record = json.loads((tmp_path / "out" / "conmoe" / "tuning.json").read_text())
     assert record["plan_holds"] is False
     assert "An earlier tuning" in progress.notes[0]
+    told = json.loads((tmp_path / "out" / "conmoe" / "results.json").read_text())
+    written = sum(value.nbytes for value in on_disk(tmp_path / "out").values())
+    assert told == {"output": str(tmp_path / "out"), "fidelity": None, "bytes": written}
 
 
 @pytest.mark.parametrize(

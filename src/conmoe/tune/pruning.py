@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from conmoe.moe import MoeLayer
-from conmoe.ops.factors import Factors, from_weights, to_weights
+from conmoe.ops.factors import Factors, Structure, from_weights, to_weights
 from conmoe.ops.lines import count_of, highest, line_importance, moving_average, share_at
 from conmoe.shards import DTYPES, read_tensor
 from conmoe.source import Source
@@ -36,26 +36,31 @@ class Lines:
 
 
 def with_factors(source: Source, plan: Plan) -> Plan:
-    """The plan of a checkpoint with the factors that it stores; the copy of the plan beside it leaves them out."""
-    layers = {layer.index: layer for layer in source.layers}
+    """The plan of a checkpoint with the factors (and biases) that it stores, which the plan's copy there leaves out."""
+    scopes = {scope.layers[0]: scope for scope in plan.scopes}
+    for layer in source.layers:
+        structures = getattr(source.model.get_submodule(layer.experts), "structures", None)
+        if structures and layer.index in scopes:
+            weights = _stored_weights(source, layer, structures)
+            scope = scopes[layer.index]
+            scopes[layer.index] = ScopePlan(scope.layers, replace(scope.plan, weights=weights))
+    return replace(plan, scopes=tuple(scopes.values()))
 
-    def filled(scope: ScopePlan) -> ScopePlan:
-        layer = layers.get(scope.layers[0])
-        structures = layer and getattr(source.model.get_submodule(layer.experts), "structures", None)
-        if not layer or not structures:
-            return scope
-        canonical = {name.partition("_")[0]: name for name in EXPERT_TENSORS if "bias" not in name}
-        factors = {}
-        for matrix, structure in structures.items():
-            path = f"{layer.experts}.{matrix}"
-            left_KOr, right_KrI, values_SA, index_S = (
-                read_tensor(source.layout.sources[f"{path}_{part}"][0].entry)
-                for part in ("left", "right", "values", "index")
-            )
-            factors[canonical[matrix]] = Factors(left_KOr, right_KrI, values_SA, index_S, structure)
-        return ScopePlan(scope.layers, replace(scope.plan, weights=to_weights(factors)))
 
-    return replace(plan, scopes=tuple(filled(scope) for scope in plan.scopes))
+def _stored_weights(source: Source, layer: MoeLayer, structures: Mapping[str, Structure]) -> dict[str, Tensor]:
+    """The experts of one layer as a plan brings them."""
+
+    def part(name: str, kind: str) -> Tensor:
+        return read_tensor(source.layout.sources[f"{_path(layer, name)}_{kind}"][0].entry)
+
+    matrices = [name for name in EXPERT_TENSORS if "bias" not in name]
+    factors = {}
+    for name in matrices:
+        left_KOr, right_KrI, values_SA, index_S = (part(name, kind) for kind in ("left", "right", "values", "index"))
+        factors[name] = Factors(left_KOr, right_KrI, values_SA, index_S, structures[name.partition("_")[0]])
+    biased = source.model.get_submodule(layer.experts).has_bias
+    biases = [name for name in EXPERT_TENSORS if biased and name not in matrices]
+    return {**to_weights(factors), **{name: part(name, "bias") for name in biases}}
 
 
 def stored_lines(source: Source, plan: Plan) -> dict[str, Lines]:

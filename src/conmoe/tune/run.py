@@ -156,7 +156,10 @@ def _holds(
     progress: Progress,
     advance: Callable[[int], None],
 ) -> bool:
-    """Whether the result is what its plan makes of the source; an earlier tuning may have changed more than it says."""
+    """Whether the result is what its plan, with the factors as they came out, makes of the source.
+
+    An earlier tuning may have changed more than the plan says.
+    """
     try:
         verify(folder, against, plan, "shared", trust_remote_code=options.trust_remote_code, advance=advance)
     except ConmoeError as error:
