@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import conmoe
+from conmoe.artifacts import read_layer, read_tokens, write_layer
+from conmoe.budgets.condense import layers_to_condense
+from conmoe.condense import LastHidden, search
 from conmoe.methods.cd_moe import cd_moe
+from conmoe.observe import IMPLEMENTATION
+from conmoe.ops import plans
 from conmoe.ops.divergence import jensen_shannon
-from conmoe.types import LayerPlan, TokenSample, UsageError
+from conmoe.source import open_source
+from conmoe.types import LayerPlan, Plan, TokenSample, UsageError
+from tests.conftest import token_data
+from tests.families import EXPERTS, TINY, TOP_K, save_tiny
 from tests.layers import Layer, answer, observe, random_experts, with_rows
+from tests.results import by_layer, hand_made, load, load_stock
 
 
 def softmax(x: list[float]) -> list[float]:
@@ -200,3 +215,226 @@ def test_layers_of_a_scope_are_not_condensed_together():
     statistics = replace(layer.statistics, owner_E=torch.tensor([0, 0, 0, 1, 1, 1]))
     with pytest.raises(UsageError, match="--scope 1"):
         cd_moe(statistics, layer.experts, 2)
+
+
+# Which layers --------------------------------------------------------------------------------------------------------
+
+
+def table(seed: int, layers: int = 5) -> dict[frozenset[int], float]:
+    """A made-up divergence of every set of layers."""
+    generator = torch.Generator().manual_seed(seed)
+    subsets = [frozenset(part) for size in range(layers + 1) for part in combinations(range(layers), size)]
+    return dict(zip(subsets, torch.rand(len(subsets), generator=generator).tolist(), strict=True))
+
+
+def asked(known: dict[frozenset[int], float]):
+    def divergences(chosen: tuple[int, ...], candidates: Sequence[int]) -> dict[int, float]:
+        assert not set(chosen) & set(candidates)
+        return {layer: known[frozenset((*chosen, layer))] for layer in candidates}
+
+    return divergences
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_search_is_greedy(seed: int):
+    known = table(seed)
+    chosen: list[int] = []
+    path: list[float] = []
+    for _ in range(4):
+        left = [layer for layer in range(5) if layer not in chosen]
+        best = min(left, key=lambda layer: known[frozenset([*chosen, layer])])
+        chosen.append(best)
+        path.append(known[frozenset(chosen)])
+        assert search(range(5), len(chosen), asked(known)) == (tuple(chosen), path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_wide_beam_finds_the_best_set(seed: int):
+    known = table(seed)
+    order, path = search(range(5), 3, asked(known), beam=10)
+    best = min((known[frozenset(part)], part) for part in combinations(range(5), 3))
+    assert (path[-1], frozenset(order)) == (best[0], frozenset(best[1]))
+    assert path == [known[frozenset(order[: step + 1])] for step in range(3)]
+
+
+def test_ties_go_to_the_lower_layers_and_rules_are_kept():
+    same = {key: 1.0 for key in table(0)}
+    assert search(range(5), 3, asked(same))[0] == (0, 1, 2)
+    assert search([4, 2, 3], 2, asked(same), beam=3)[0] == (2, 3)
+    even = search(range(5), 2, asked(table(1)), allowed=lambda chosen: all(layer % 2 == 0 for layer in chosen))
+    assert set(even[0]) < {0, 2, 4}
+    with pytest.raises(UsageError, match="Only 3 layers can be condensed, not 4"):
+        search(range(5), 4, asked(same), allowed=lambda chosen: all(layer % 2 == 0 for layer in chosen))
+
+
+def hand_condensed(index: int, members: Sequence[int] = (1, 4, 6)) -> LayerPlan:
+    gates = torch.tensor([0.3, 0.05, 0.6])[: len(members)] + 0.1 * index
+    return plans.condense(torch.tensor(members, dtype=torch.int64), gates, EXPERTS)
+
+
+def naive_last_hidden(folder: Path, out: Path, layer_plans: dict[int, LayerPlan], ids: Tensor) -> Tensor:
+    """The last hidden state of the whole model, written and loaded."""
+    plan = hand_made(folder, {(index,): layer for index, layer in layer_plans.items()})
+    conmoe.apply(folder, plan, out, form="shared", force=True)
+    with torch.no_grad():
+        return load(out).get_decoder()(ids).last_hidden_state
+
+
+QUICK = ("olmoe", "qwen3_next", "deepseek_v3", "gpt_oss", "ernie4_5_moe")
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in TINY]
+)
+def test_what_condensing_does_to_the_last_hidden_state_is_measured_without_writing_it(family, checkpoint, tmp_path):
+    folder = checkpoint(family)
+    ids = token_data(4, 12, seed=3).ids_NS
+    source = open_source(folder, experts_implementation=IMPLEMENTATION)
+    first, last = source.layers[0].index, source.layers[-1].index
+    condensed = {first: hand_condensed(first), last: hand_condensed(last, () if family == "deepseek_v3" else (2, 5))}
+    with torch.no_grad():
+        original = load_stock(folder).get_decoder()(ids).last_hidden_state
+    found = LastHidden(source, condensed, ids)
+    alone, both = found((), (first, last)), found((last,), (first,))
+    for got, layers in ((alone[first], [first]), (alone[last], [last]), (both[first], [first, last])):
+        naive = naive_last_hidden(folder, tmp_path / "out", {index: condensed[index] for index in layers}, ids)
+        assert got == pytest.approx(float(jensen_shannon(original, naive).mean()), rel=1e-3)
+    assert 0 < alone[last] != alone[first] > 0
+
+
+def test_how_many_layers_are_condensed():
+    cap = (64,) * 27
+    assert layers_to_condense(27 * 64, cap, 6) == 0
+    assert layers_to_condense(27 * 64 - 1, cap, 6) == 1
+    assert layers_to_condense(27 * 64 - 9 * 58, cap, 6) == 9
+    assert layers_to_condense(27 * 64 - 9 * 58 - 1, cap, 6) == 10
+    assert layers_to_condense(27 * 48, cap, 0) == 7
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An OLMoE of four layers, and its statistics."""
+    folder, statistics = (tmp_path_factory.mktemp("deep") / name for name in ("model", "statistics"))
+    save_tiny("olmoe", folder, num_hidden_layers=4)
+    conmoe.calibrate(folder, statistics, token_data(), conmoe.Calibration(sample=128, batch=4))
+    return folder, statistics
+
+
+def request(**changes: object) -> conmoe.Request:
+    return conmoe.Request(**{"method": "cd-moe", "protect": ("none",), **changes})
+
+
+def condensed_layers(plan: Plan) -> set[int]:
+    return {index for index, layer in by_layer(plan).items() if layer.static_K is not None}
+
+
+def test_the_layers_of_least_divergence_are_condensed_to_as_many_experts_as_a_token_gets(deep, tmp_path):
+    folder, statistics = deep
+    plan = conmoe.plan(folder, statistics, tmp_path / "plan", request(keep="0.5"))
+    order = plan.budget_options["order"]
+    assert len(order) == 3  # two would leave 32 - 2 * 6
+    assert condensed_layers(plan) == set(order)
+    every = {index: cd_moe(read_layer(statistics, index), experts_of(folder, index), TOP_K) for index in range(4)}
+    for index, layer in by_layer(plan).items():
+        if index in order:
+            assert layer.static_K is not None
+            assert torch.equal(layer.mixing_KE, every[index].mixing_KE)
+        else:
+            assert torch.equal(layer.assignment_E, torch.arange(EXPERTS))
+    ids = read_tokens(statistics)[:8]
+    with torch.no_grad():
+        original = load_stock(folder).get_decoder()(ids).last_hidden_state
+    chosen: list[int] = []
+    for layer in order:
+        left = {
+            each: naive_last_hidden(folder, tmp_path / "out", {i: every[i] for i in [*chosen, each]}, ids)
+            for each in range(4)
+            if each not in chosen
+        }
+        values = {each: float(jensen_shannon(original, hidden).mean()) for each, hidden in left.items()}
+        assert layer == min(values, key=lambda each: values[each])
+        chosen.append(layer)
+    measured = json.loads((tmp_path / "plan" / "condense.json").read_text())
+    assert measured["order"] == order
+    assert measured[",".join(map(str, sorted(order)))] == pytest.approx(values[order[-1]], rel=1e-3)
+
+
+def experts_of(folder: Path, index: int):
+    source = open_source(folder)
+    return conmoe.source.read_experts(source, source.layers[index])
+
+
+def test_a_killed_search_goes_on(deep, tmp_path, monkeypatch):
+    folder, statistics = deep
+    whole = conmoe.plan(folder, statistics, None, request(keep="0.5"))
+    states, passes = LastHidden.states, []
+
+    def counted(self, chosen, candidates):
+        passes.append((chosen, tuple(candidates)))
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return states(self, chosen, candidates)
+
+    monkeypatch.setattr(LastHidden, "states", counted)
+    with pytest.raises(KeyboardInterrupt):
+        conmoe.plan(folder, statistics, tmp_path / "plan", request(keep="0.5"))
+    assert [len(candidates) for _, candidates in passes] == [0, 4, 3]  # the source first
+    again = conmoe.plan(folder, statistics, tmp_path / "plan", request(keep="0.5"))
+    assert [len(candidates) for _, candidates in passes[3:]] == [0, 3, 2]
+    assert again.budget_options == whole.budget_options
+
+
+def test_exactly_the_layers_that_are_named_are_condensed(deep):
+    folder, statistics = deep
+    plan = conmoe.plan(folder, statistics, None, request(layers="1,3", budget="uniform", keep="3"))
+    assert condensed_layers(plan) == {1, 3} == set(by_layer(plan))
+    assert all(layer.mixing_KE.shape[0] == 3 for layer in by_layer(plan).values())
+    none = conmoe.plan(folder, statistics, None, request(layers="0,2", budget="0,5"))
+    assert [layer.mixing_KE.shape[0] for layer in by_layer(none).values()] == [0, 5]
+
+
+def test_the_sliced_form_chooses_among_layers_that_can_be_dense(tmp_path):
+    folder, statistics = tmp_path / "model", tmp_path / "statistics"
+    save_tiny("deepseek_v3", folder, num_hidden_layers=5)
+    conmoe.calibrate(folder, statistics, token_data(), conmoe.Calibration(sample=128, batch=4))
+    asked_for = request(keep="0.5", form="sliced", budget_options={"always_on": 0})
+    plan = conmoe.plan(folder, statistics, None, asked_for)
+    assert plan.budget_options["order"] == [1, 2]
+    assert plan.default_form == "sliced"
+    conmoe.apply(folder, plan, tmp_path / "out")
+    conmoe.verify(tmp_path / "out", folder, plan, "sliced")
+    assert load_stock(tmp_path / "out").config.first_k_dense_replace == 3
+
+
+def test_layers_with_super_experts_stay_whole(deep, tmp_path):
+    folder, statistics = deep
+    marked = tmp_path / "statistics"
+    shutil.copytree(statistics, marked)
+    layer = read_layer(marked, 1)
+    peak = layer.sums["peak"].clone()
+    peak[2] = 1e4
+    write_layer(marked, 1, replace(layer, sums={**layer.sums, "peak": peak}))
+    assert condensed_layers(conmoe.plan(folder, marked, None, request(keep="0.25"))) == {0, 1, 2, 3}
+    assert condensed_layers(conmoe.plan(folder, marked, None, request(keep="0.5", protect=("super",)))) == {0, 2, 3}
+    with pytest.raises(UsageError, match="4 condensed layers, and 3 hold no super experts"):
+        conmoe.plan(folder, marked, None, request(keep="0.25", protect=("super",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"keep": "0.1"}, r"all 4 layers are condensed to 2 experts \(0.250 of all\)"),
+        ({"method": "reap", "budget": "condense"}, "'reap' condenses none"),
+        ({"budget_options": {"always_on": 8}}, "8 of 8 experts would be always on"),
+        ({"budget_options": {"always_on": -2}}, "always_on from 0 up"),
+        ({"budget_options": {"beam": 0}}, "beam of one or more"),
+        ({"protect": ("1:3",)}, "no expert can be protected"),
+        ({"form": "sliced"}, "'olmoe' cannot call single layers dense"),
+        ({"budget": "9,9,9,9"}, "takes 0 to 8"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused_before_any_work(changes, sentence, deep, tmp_path):
+    folder, statistics = deep
+    with pytest.raises(UsageError, match=sentence):
+        conmoe.plan(folder, statistics, tmp_path / "plan", request(**changes))
+    assert not list(tmp_path.iterdir())

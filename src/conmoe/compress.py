@@ -28,6 +28,7 @@ from conmoe.artifacts import (
 from conmoe.calibrate import Calibration, calibrate, describe
 from conmoe.data import TokenData
 from conmoe.evaluate import Fidelity, evaluate
+from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan
@@ -179,7 +180,9 @@ def check(model: Path, out: Path, request: Request, *, force: bool = False) -> N
     """Everything that can be refused before text is read: the model, the request, the output."""
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     check_compressible(source)
-    check_request(source.layers, request)
+    asked = check_request(source.layers, request)
+    if asked.method.condenses and asked.form == "sliced":
+        check_foldable(source)
     refuse_overlap(out, model)
     check_free(out, force=force)
 

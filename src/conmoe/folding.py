@@ -26,6 +26,7 @@ from conmoe.checkpoint import disk_name, read_parameter
 from conmoe.forms import is_condensed
 from conmoe.moe import MoeLayer, decoder_layers, moe_layers
 from conmoe.ops.experts import mix
+from conmoe.ops.plans import condense
 from conmoe.runtime.modeling_conmoe import StaticRouter
 from conmoe.shards import Held, Output, read_tensor, tensor_output, torch_dtype
 from conmoe.source import Source, outline_experts, read_experts
@@ -111,7 +112,18 @@ def fold(source: Source, plan: Plan) -> Folding:
     Raises:
         UsageError: the stock classes of the family have no place for such layers.
     """
-    plans = {index: scope.plan for scope in plan.scopes if is_condensed(scope) for index in scope.layers}
+    return _fold(source, {index: scope.plan for scope in plan.scopes if is_condensed(scope) for index in scope.layers})
+
+
+def check_foldable(source: Source) -> None:
+    """Raise a UsageError unless at least one layer of ``source`` could be condensed and folded."""
+    indices = [layer.index for layer in source.layers]
+    possible = [index for index in indices if can_be_dense(source, [index])] or indices
+    nobody = torch.zeros(0, dtype=torch.int64)
+    _fold(source, {possible[0]: condense(nobody, nobody, source.layers[0].logical)})
+
+
+def _fold(source: Source, plans: Mapping[int, LayerPlan]) -> Folding:
     if not plans:
         return Folding({}, {}, ())
     check_positions(source, sorted(plans))

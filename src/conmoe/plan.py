@@ -33,6 +33,7 @@ from conmoe.artifacts import (
     write_plan,
 )
 from conmoe.budgets import Context
+from conmoe.folding import check_foldable
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import select, tensors
 from conmoe.ops.outliers import super_experts
@@ -95,6 +96,9 @@ def plan(
     least = floor(asked, protected)
     if not asked.budget.even:
         check_floor(asked, least)
+    if asked.method.condenses and asked.form == "sliced":
+        check_foldable(source)
+    found: dict[str, Any] = {}
 
     key = fingerprint([manifest.fingerprint, asdict(request)])
     with nullcontext(None) if out is None else building(out, force=force, key=key) as folder:
@@ -111,9 +115,12 @@ def plan(
             cap=asked.cap,
             step=asked.groups,
             plan_scope=scope_plans,
-            assemble=partial(_assemble, asked=asked, request=request, protected=protected, manifest=manifest),
+            assemble=partial(
+                _assemble, asked=asked, request=request, protected=protected, manifest=manifest, found=found
+            ),
             work=folder,
             progress=progress,
+            found=found,
         )
         counts = share_out(context, asked)
         form = _form(asked, counts, len(source.layers))
@@ -179,7 +186,7 @@ def _form(asked: Asked, counts: Sequence[int], layers: int) -> Form:
     """How the result is stored unless the user says otherwise: only the shared form holds layers of several sizes."""
     planned = sum(len(scope) for scope in asked.scopes)
     ragged = len(set(counts)) > 1 or (planned < layers and tuple(counts) != asked.cap)
-    return "shared" if asked.form == "sliced" and ragged else asked.form
+    return "shared" if asked.form == "sliced" and ragged and not asked.method.condenses else asked.form
 
 
 class _ScopePlans:
@@ -218,7 +225,7 @@ class _ScopePlans:
             made = ScopePlan(tuple(layer.index for layer in scope), self._decide(scope, keep, passage, refined))
             if part:
                 part.mkdir(exist_ok=True)
-                write_plan(part, _assemble([made], self._asked, self._request, self._protected, self._manifest))
+                write_plan(part, _assemble([made], self._asked, self._request, self._protected, self._manifest, {}))
         # new weights are gigabytes, and lie on disk already
         if draft and not (part and made.plan.weights):
             self._made[position, keep] = made
@@ -315,7 +322,12 @@ def _protected(layers: Sequence[MoeLayer], asked: Asked, folder: Path, protect: 
 
 
 def _assemble(
-    scopes: Sequence[ScopePlan], asked: Asked, request: Request, protected: Protected, manifest: Manifest
+    scopes: Sequence[ScopePlan],
+    asked: Asked,
+    request: Request,
+    protected: Protected,
+    manifest: Manifest,
+    found: Mapping[str, Any],
 ) -> Plan:
     return Plan(
         scopes=tuple(scopes),
@@ -328,6 +340,6 @@ def _assemble(
         statistics=manifest.fingerprint,
         version=__version__,
         budget=asked.budget.name,
-        budget_options=asked.budget_options,
+        budget_options={**asked.budget_options, **found},
         refine=request.refine,
     )

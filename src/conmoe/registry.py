@@ -86,6 +86,7 @@ class Budget:
     paper: str
     even: bool  # all layers keep equally many, which the sliced form asks for
     options: Mapping[str, Option]
+    check: Callable[..., None] | None = None  # (asked, **options) raises if it cannot be met, before any work
 
     @property
     def help(self) -> str:
@@ -160,11 +161,13 @@ def method(
     return register
 
 
-def budget(name: str, *, paper: str = "", even: bool = False) -> Callable[[Function], Function]:
+def budget(
+    name: str, *, paper: str = "", even: bool = False, check: Callable[..., None] | None = None
+) -> Callable[[Function], Function]:
     """Register ``(context, *, options) -> list[int]`` as the budget ``name``; its options are those of a method."""
 
     def register(function: Function) -> Function:
-        _budgets.add(Budget(name, function, paper, even, _options(function)))
+        _budgets.add(Budget(name, function, paper, even, _options(function), check))
         return function
 
     return register

@@ -84,7 +84,7 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
     listed = parse_counts(request.budget)
     budget = _listed(request.budget, listed) if listed else get_budget(request.budget or method.budget)
     budget_options = bind_options(budget, request.budget_options or {})
-    keep, counts = _counts(request, scopes, listed)
+    keep, counts = _counts(request, scopes, listed, 0 if method.condenses else 1)
 
     cap = tuple(sum(layer.logical for layer in scope) for scope in scopes)
     form = request.form or method.form_with(options)
@@ -94,19 +94,22 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
             f"{method.name!r} drops experts, which the expanded form cannot take out of the router; use --form sliced "
             "or --form shared."
         )
-    if method.condenses and form != "shared":
-        raise UsageError(f"{method.name!r} condenses layers, which the {form} form cannot hold; use --form shared.")
+    if method.condenses and (form == "expanded" or request.scope > 1):
+        what = "its layers share nothing; use --scope 1" if request.scope > 1 else "use --form shared or --form sliced"
+        raise UsageError(f"{method.name!r} takes the routers of whole layers away: {what}.")
     if request.scope > 1 and form == "sliced":
         raise UsageError("Layers that share a pool of prototypes have no sliced form; use --form shared.")
-    if request.form == "sliced" and counts != cap:
+    # where a layer is condensed, it becomes a dense one, and no router has to work with fewer experts
+    slices = form == "sliced" and not method.condenses
+    if slices and request.form == "sliced" and counts != cap:
         _check_sliced(request, budget, len(planned) == len(layers))
-    cuts = form == "sliced" or method.form_with(options) == "sliced"
-    if form == "sliced" or drops:
+    cuts = slices or method.form_with(options) == "sliced"
+    if slices or drops:
         for scope, count, experts in zip(scopes, counts, cap, strict=True):
             if count < experts:
                 asked_by = f"--budget {request.budget}" if listed else f"--keep {keep}"
                 _check_router(asked_by, scope[0], count // len(scope))
-    if form == "sliced" and (len(planned) < len(layers) or len(set(counts)) > 1) and counts != cap:
+    if slices and (len(planned) < len(layers) or len(set(counts)) > 1) and counts != cap:
         form = "shared"  # which is the one that holds layers of different sizes
     _check_refine(request, method, drops)
     asked = Asked(method, options, budget, budget_options, keep, scopes, counts, cap, cuts, form)
@@ -121,6 +124,8 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
             check_protected(positions(scope, named), count, asked.groups, experts)
     else:
         check_floor(asked, floor(asked, named))
+    if budget.check:
+        budget.check(asked, **budget_options)
     return asked
 
 
@@ -237,7 +242,7 @@ def positions(layers: Sequence[MoeLayer], protected: Protected) -> list[int]:
 
 
 def _counts(
-    request: Request, scopes: Sequence[Sequence[MoeLayer]], listed: Sequence[int]
+    request: Request, scopes: Sequence[Sequence[MoeLayer]], listed: Sequence[int], fewest: int
 ) -> tuple[str, tuple[int, ...]]:
     """``--keep`` as it is or works out to be, and the prototypes of each scope."""
     first, widths = scopes[0][0], [len(scope) for scope in scopes]
@@ -251,9 +256,9 @@ def _counts(
             "give one for each."
         )
     for scope, count in zip(scopes, listed, strict=True):
-        if not 1 <= count <= len(scope) * first.logical:
+        if not fewest <= count <= len(scope) * first.logical:
             raise UsageError(
-                f"--budget asks for {count} experts in layer {scope[0].index}, which takes 1 to "
+                f"--budget asks for {count} experts in layer {scope[0].index}, which takes {fewest} to "
                 f"{len(scope) * first.logical}."
             )
     if counts and sum(counts) != sum(listed):

@@ -129,19 +129,30 @@ class Stream:
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Gives ``logits(hidden_BSD) -> logits_BSV``: the model's own final norm, head and scaling."""
+        with self._after_layers(self.source.model) as run:
+            yield lambda hidden_BSD: run(hidden_BSD).logits
+
+    @contextmanager
+    def norm(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Gives ``last(hidden_BSD) -> hidden_BSD``: the last hidden state, which the head gets."""
+        with self._after_layers(self.source.model.get_decoder()) as run:
+            yield lambda hidden_BSD: run(hidden_BSD).last_hidden_state
+
+    @contextmanager
+    def _after_layers(self, model: nn.Module) -> Iterator[Callable[[Tensor], Any]]:
+        """Gives ``model`` from what leaves its decoder layers on."""
         _, layers = decoder_layers(self.source.model)
         current: list[Tensor] = []
 
         def passes(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return current[0]
 
-        def logits(hidden_BSD: Tensor) -> Tensor:
+        def run(hidden_BSD: Tensor) -> Any:
             current[:] = [hidden_BSD.to(self.device)]
-            out: Tensor = self.source.model(inputs_embeds=current[0], use_cache=False).logits
-            return out
+            return model(inputs_embeds=current[0], use_cache=False)
 
         with torch.no_grad(), self._outside(), _replaced(layers, [passes] * len(layers)):
-            yield logits
+            yield run
 
     def final(self, start: int, stop: int) -> Tensor:
         """What left the last decoder layer, for sequences ``start .. stop``."""

@@ -7,7 +7,7 @@ to at most ``context.total``. Its options and its help are declared like those o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Context:
     assemble: Callable[[Sequence[ScopePlan]], Plan]  # plans of some scopes as one; other layers stay as they are
     work: Path | None  # a folder that outlives a killed run of the same request, for what is worth keeping
     progress: Progress
+    found: dict[str, Any] = field(default_factory=dict)  # what the plan should say of it beside its options
 
     @property
     def total(self) -> int:

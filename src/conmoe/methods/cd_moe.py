@@ -25,6 +25,7 @@ RIDGE = 1e-4
     paper="https://arxiv.org/abs/2412.00069",
     needs=("count", "gate", "sample", "weights"),
     condenses=True,
+    budget="condense",
 )
 @torch.no_grad()
 def cd_moe(
