@@ -90,8 +90,9 @@ def mc_smoe(
     after merging (mean over gate, up and down) are among the scores: the paper's reason why merged experts bear it.
 
     Departures. The paper learns importance by tuning, |s dL/ds| averaged over a row or column, while the ratio falls
-    from 1 to 0.1, and tunes what is left with distillation; without tuning expect to lose more. With ``keep=1.0``
-    nothing is decomposed.
+    from 1 to 0.1, and tunes what is left with distillation; without tuning expect to lose more. For the paper's way,
+    keep all rows here (``ratio=1.0``) and let ``conmoe tune --mode prune`` choose. With ``keep=1.0`` nothing is
+    decomposed.
     """
     if keep == statistics.owner_E.numel():
         return plans.identity(keep)
