@@ -6,25 +6,39 @@ python scripts/docs.py [--check]
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
 from typer.main import get_command
 
 from conmoe.cli import app
-from conmoe.registry import methods, statistics
+from conmoe.registry import Budget, Method, budgets, methods, statistics
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTICE = "<!-- written by scripts/docs.py; edit the docstrings, then run make docs -->\n"
 
 
 def methods_page() -> str:
-    lines = ["# Methods", "", NOTICE, "| method | paper | form | needs |", "|---|---|---|---|"]
+    lines = ["# Methods", "", NOTICE, "| method | paper | form | budget | needs |", "|---|---|---|---|---|"]
     lines += [
-        f"| [`{name}`](#{name}) | {item.paper} | {item.form} | {', '.join(item.needs) or 'nothing'} |"
+        f"| [`{name}`](#{name}) | {item.paper} | {item.form} | {item.budget} | {', '.join(item.needs) or 'nothing'} |"
         for name, item in methods().items()
     ]
-    for name, item in methods().items():
+    return "\n".join([*lines, *_explained(methods())]) + "\n"
+
+
+def budgets_page() -> str:
+    lines = ["# Budgets", "", NOTICE, "How the experts that `--keep` asks for are shared out over the layers.", ""]
+    lines += ["| budget | paper |", "|---|---|"]
+    lines += [f"| [`{name}`](#{name}) | {item.paper} |" for name, item in budgets().items()]
+    return "\n".join([*lines, *_explained(budgets())]) + "\n"
+
+
+def _explained(items: Mapping[str, Method] | Mapping[str, Budget]) -> list[str]:
+    """What each says of itself, and its options."""
+    lines = []
+    for name, item in items.items():
         lines += ["", f"## {name}", "", item.help]
         if item.options:
             lines += ["", "| option | default | values | meaning |", "|---|---|---|---|"]
@@ -33,7 +47,7 @@ def methods_page() -> str:
                 f"| {', '.join(map(str, option.choices)) or option.type.__name__} | {option.help} |"
                 for option in item.options.values()
             ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def statistics_page() -> str:
@@ -76,7 +90,13 @@ def commands_page() -> str:
 
 def main() -> int:
     stale = []
-    for name, text in (("methods", methods_page()), ("statistics", statistics_page()), ("commands", commands_page())):
+    pages = {
+        "methods": methods_page(),
+        "budgets": budgets_page(),
+        "statistics": statistics_page(),
+        "commands": commands_page(),
+    }
+    for name, text in pages.items():
         file = DOCS / f"{name}.md"
         if "--check" in sys.argv:
             stale += [file.name] * (not file.is_file() or file.read_text() != text)
