@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from conmoe.ops import subsets
+from conmoe.ops.accumulate import add_at
 from conmoe.ops.experts import tensors
 from conmoe.registry import Method, bind_options, methods
 from conmoe.types import Experts, LayerPlan, LayerStatistics, UsageError, sample_tensors
@@ -94,3 +95,18 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
         ):
             with pytest.raises(AssertionError):
                 mistake()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_sums_at_places_are_the_same_on_both_devices(axis: int):
+    generator = torch.Generator().manual_seed(axis)
+    total = torch.randn(3, 4, 5, generator=generator).double()
+    index_n = torch.tensor([1, 0, 1, 2, 1])
+    values = torch.randn([5 if place == axis else size for place, size in enumerate(total.shape)], generator=generator)
+    expected = total.clone()
+    for row, place in enumerate(index_n.tolist()):
+        expected.select(axis, place).add_(values.double().select(axis, row))
+    torch.testing.assert_close(add_at(total.clone(), axis, index_n, values.double()), expected)
+    with PretendedGpu():
+        there = add_at(total.to("cuda"), axis, index_n.to("cuda"), values.double().to("cuda")).cpu()
+    torch.testing.assert_close(there, expected)

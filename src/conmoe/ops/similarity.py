@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from conmoe.ops.accumulate import add_at
 from conmoe.ops.experts import expert_output, select
 from conmoe.types import Experts, TokenSample, sample_tensors
 
@@ -185,8 +186,8 @@ def _redirect_errors(
         routed_ck, slot_ck = index_ck >= 0, index_ck.clamp_min(0)
         square_ck = weight_nk[block].to(device).double().square() * routed_ck
         error_ckE, energy_ck = _slot_errors(y_cED, slot_ck)
-        error_EE.index_add_(0, slot_ck.flatten(), (error_ckE * square_ck.unsqueeze(-1)).flatten(0, 1))
-        energy_E.index_add_(0, slot_ck.flatten(), (energy_ck * square_ck).flatten())
+        add_at(error_EE, 0, slot_ck.flatten(), (error_ckE * square_ck.unsqueeze(-1)).flatten(0, 1))
+        add_at(energy_E, 0, slot_ck.flatten(), (energy_ck * square_ck).flatten())
         seen_E[slot_ck[routed_ck]] = True
     return error_EE, energy_E, seen_E
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from conmoe.ops.accumulate import add_at
 from conmoe.ops.experts import tensors
 from conmoe.types import Experts
 
@@ -110,16 +111,16 @@ def absorb(
     weight_M = weight_M.to(own_IF)
     cluster_M = (direction_MF @ direction_IF.T).argmax(dim=1)
     for _ in range(iterations):
-        centre_IF = (own_weight * direction_IF).index_add(0, cluster_M, weight_M.unsqueeze(1) * direction_MF)
+        centre_IF = add_at(own_weight * direction_IF, 0, cluster_M, weight_M.unsqueeze(1) * direction_MF)
         moved_M = (direction_MF @ normalize(centre_IF, eps=TINY).T).argmax(dim=1)
         if torch.equal(moved_M, cluster_M):
             break
         cluster_M = moved_M
-    guests_I = torch.zeros_like(own_IF[:, 0]).index_add(0, cluster_M, weight_M)
+    guests_I = add_at(torch.zeros_like(own_IF[:, 0]), 0, cluster_M, weight_M)
     total_I = own_weight + guests_I
     share_M = torch.where(total_I[cluster_M] > 0, weight_M / total_I[cluster_M], 0.0)
-    left_I = 1.0 - torch.zeros_like(total_I).index_add(0, cluster_M, share_M)
-    merged_IF = (left_I.unsqueeze(1) * own_IF).index_add(0, cluster_M, share_M.unsqueeze(1) * guest_MF)
+    left_I = 1.0 - add_at(torch.zeros_like(total_I), 0, cluster_M, share_M)
+    merged_IF = add_at(left_I.unsqueeze(1) * own_IF, 0, cluster_M, share_M.unsqueeze(1) * guest_MF)
     return merged_IF, share_M
 
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from conmoe.ops.accumulate import add_at
 from conmoe.ops.alignment import HIDDEN_AXIS, activation_affinity
 from conmoe.ops.experts import mixture, tensors
 from conmoe.types import Experts
@@ -115,7 +116,7 @@ def _weighted(experts: Experts, expert: int, share: float) -> tuple[dict[str, Te
 
 def _fold(units: dict[str, Tensor], mass_P: Tensor, label_P: Tensor, keep: int) -> tuple[dict[str, Tensor], Tensor]:
     """``P`` units in ``keep`` groups: gate and up averaged by mass, down added up."""
-    total_I = mass_P.new_zeros(keep).index_add(0, label_P, mass_P)
+    total_I = add_at(mass_P.new_zeros(keep), 0, label_P, mass_P)
     folded = {}
     for name, tensor in units.items():
         weight_P = mass_P.new_ones(mass_P.shape) if name == "down_EDI" else mass_P / total_I[label_P]
@@ -123,7 +124,7 @@ def _fold(units: dict[str, Tensor], mass_P: Tensor, label_P: Tensor, keep: int) 
         weighted = tensor * (weight_P.unsqueeze(1) if axis == 0 and tensor.ndim == 2 else weight_P)
         shape = list(tensor.shape)
         shape[axis] = keep
-        folded[name] = tensor.new_zeros(shape).index_add(axis, label_P, weighted)
+        folded[name] = add_at(tensor.new_zeros(shape), axis, label_P, weighted)
     return folded, total_I
 
 
