@@ -440,6 +440,25 @@ def test_ream_keeps_the_layers_of_a_scope_apart():
     assert torch.isfinite(plan.mixing_KE).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_ream_groups_a_layer_of_a_scope_as_it_does_alone(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for place in range(2):
+        layer = observe(random_experts(8, seed=seed + place), seed=seed + place, T=200)
+        # columns of logits that are all nearly alike, so that those of another layer are farther than any of them
+        column_ET = 3 + torch.randn(8, 50, generator=generator).double()
+        sums = {**layer.statistics.sums, "logit_gram": column_ET @ column_ET.T}
+        layers.append(replace(layer, statistics=replace(layer.statistics, sums=sums)))
+    joined, experts = subsets.join_layers([layer.statistics for layer in layers], [layer.experts for layer in layers])
+    together = recipes(ream(joined, experts, 6, align=False, group_size=3))
+    for place, layer in enumerate(layers):
+        own = slice(8 * place, 8 * place + 8)
+        kept = int((together[own] != 0).any(dim=1).sum())
+        alone = ream(layer.statistics, layer.experts, kept, align=False, group_size=3)
+        torch.testing.assert_close(recipes(alone), together[own, own])
+
+
 def test_ream_refuses_groups_of_less_than_nobody():
     with pytest.raises(UsageError, match="group_size"):
         run(ream, observe(random_experts(4)), 2, group_size=-1)

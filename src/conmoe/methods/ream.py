@@ -48,10 +48,11 @@ def ream(
     but the centroids go, and with them the gates of what was merged.
 
     Outputs are averaged before they are compared, as in the authors' code: for a single token the gate would cancel
-    out of the cosine. Departures: where the groups are full before all experts are taken, the rest joins the nearest
-    centroid (the authors refuse); an expert that no token chose adds nothing (they give it the lowest score of all);
-    groups stay within their layer. The paper recomputes the inputs of each layer through the compressed ones before
-    it: ``--sequential``.
+    out of the cosine. Departures: the REAP score has the gates that the model uses, once (the authors' code multiplies
+    outputs by the softmax, and by it again); where the groups are full before all experts are taken, the rest joins the
+    nearest centroid (the authors refuse); an expert that no token chose adds nothing (they give it the lowest score of
+    all); groups stay within their layer. The paper recomputes the inputs of each layer through the compressed ones
+    before it: ``--sequential``.
 
     Cost: ``n E`` expert evaluations, the principal components, and a linear assignment for each merged expert.
     """
@@ -79,13 +80,16 @@ def ream(
 
 
 def _similarity(statistics: LayerStatistics, experts: Experts) -> Tensor:
-    """``[E, E]`` between 0 and 1; an expert without output, or a router without logits, is neither like nor unlike."""
+    """``[E, E]``, between 0 and 1 within a layer; without output, or logits, an expert is neither like nor unlike."""
     logits_nE = statistics.sample.logits_nE.float()
     share_nE = logits_nE.masked_fill(logits_nE.isnan(), -torch.inf).softmax(dim=1).nan_to_num(0.0)
     output_ED = normalize(similarity.mean_outputs(statistics.sample, experts, share_nE), eps=1e-30)
     cosine_EE = similarity.logit_cosine(statistics.sums["logit_gram"].to(output_ED.device))
-    distance_EE = (2 - 2 * cosine_EE).clamp_min(0).sqrt()
-    near_EE = 1 - distance_EE / distance_EE.max().clamp_min(1e-30)
+    owner_E = statistics.owner_E.to(output_ED.device)
+    outside_EE = owner_E.unsqueeze(1) != owner_E
+    distance_EE = (2 - 2 * cosine_EE).clamp_min(0).sqrt().masked_fill(outside_EE, 0.0)
+    farthest_E = distance_EE.amax(dim=1).expand_as(distance_EE).masked_fill(outside_EE, 0.0).amax(dim=1)
+    near_EE = 1 - distance_EE / farthest_E.clamp_min(1e-30).unsqueeze(1)
     return ((1 + output_ED @ output_ED.T) / 2 + near_EE) / 2
 
 
