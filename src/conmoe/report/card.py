@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from conmoe.forms import is_approximate
+from conmoe.forms import is_approximate, is_condensed
 from conmoe.registry import Form, get_method
 from conmoe.types import Plan
 
@@ -16,8 +16,7 @@ _LOADING = {
     "sliced": "It has the layout of the source family with fewer experts, and loads where that family does.",
     "expanded": "It loads wherever the source loads and saves no memory; it exists to evaluate the plan on any engine.",
     "shared": (
-        "The router is untouched and maps each logical expert to a stored prototype. Load it with "
-        "`trust_remote_code=True` (the modelling file is in this repository), or `import conmoe` first."
+        "Load it with `trust_remote_code=True` (the modelling file is in this repository), or `import conmoe` first."
     ),
 }
 
@@ -46,13 +45,15 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         f"# {_name(source)}, consolidated with conmoe",
         "",
         f"{' to '.join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))} of {experts} routed experts per "
-        f"{'layer' if len(plan.scopes[0].layers) == 1 else 'scope'} are stored. {_LOADING[form]}",
+        f"{'layer' if len(plan.scopes[0].layers) == 1 else 'scope'} are stored; {_router(plan, form)} {_LOADING[form]}",
         "",
         "| | |",
         "|---|---|",
         f"| method | `{plan.method}` ({get_method(plan.method).paper}) |",
         f"| options | {options} |",
-        f"| keep | {plan.keep} |",
+        f"| keep, budget | {plan.keep}, {plan.budget} |",
+        f"| refinement | {plan.refine} |",
+        f"| decoder layers | {', '.join(str(index) for scope in plan.scopes for index in scope.layers)} |",
         f"| form | {form} |",
         f"| conmoe | {plan.version} |",
         f"| source fingerprint | `{plan.source}` |",
@@ -60,6 +61,14 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         "",
         "The plan (which prototype answers for each expert) is in `conmoe/plan.json`.",
     ]
+    condensed = sorted(index for scope in plan.scopes if is_condensed(scope) for index in scope.layers)
+    if condensed:
+        stored = "folded into one dense MLP each" if form == "sliced" else "with constant gates"
+        lines += [
+            "",
+            f"Condensed: layers {', '.join(map(str, condensed))} have no router; in each a few experts, or none, answer "
+            f"every token, {stored}.",
+        ]
     if is_approximate(plan, form):
         lines += ["", "**Approximation:** the plan redirects experts, and cutting router rows drops them instead."]
     lines += [
@@ -68,6 +77,15 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _router(plan: Plan, form: Form) -> str:
+    """What has become of the routers, in a sentence."""
+    if any(scope.plan.static_K is not None for scope in plan.scopes):
+        return "those layers have no router any more: what is left of them answers every token."
+    if form == "sliced" or any(bool((scope.plan.assignment_E < 0).any()) for scope in plan.scopes):
+        return "the routers have lost the rows of the others."
+    return "the routers are untouched, and choose among all experts as before."
 
 
 def tuning_section(record: Mapping[str, Any]) -> str:
