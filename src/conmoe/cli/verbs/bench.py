@@ -143,7 +143,8 @@ def show(made: Bench) -> None:
         failed = []
         for row in made.at(keep):
             if row.error is None:
-                name = f"{row.name} ({row.form}, approximate)" if row.approximate else row.name
+                name = row.name.replace(":", ": ").replace(",", ", ")  # so that lines break between options
+                name += f" ({row.form}, approximate)" if row.approximate else ""
                 table.add_row(name, size(row.bytes or 0), *_cells(made, row))
             else:
                 failed.append(f"{row.name} failed: {row.error}")
