@@ -404,6 +404,7 @@ def test_the_sliced_form_chooses_among_layers_that_can_be_dense(tmp_path):
     conmoe.apply(folder, plan, tmp_path / "out")
     conmoe.verify(tmp_path / "out", folder, plan, "sliced")
     assert load_stock(tmp_path / "out").config.first_k_dense_replace == 3
+    assert "layers 1, 2 have no router" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_layers_with_super_experts_stay_whole(deep, tmp_path):

@@ -149,6 +149,11 @@ def test_the_table_of_the_docs_says_which_families_can(family, any_checkpoint):
     assert (refusal(folder) is None) == (family in (*CAN, *FURTHER_CAN, *SLOW_CAN))
 
 
+def test_the_table_has_no_other_families():
+    named = re.findall(r"^\| `(\w+)` ", DOCS.read_text().split("## Which families")[1], re.MULTILINE)
+    assert named == sorted({*TINY, *FURTHER})
+
+
 def row(family: str) -> tuple[str, bool]:
     """What the docs say of a family: where dense layers can be, and whether condensed ones can be folded."""
     (line,) = [line for line in DOCS.read_text().splitlines() if line.startswith(f"| `{family}` ")]
