@@ -66,7 +66,7 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         stored = "folded into one dense MLP each" if form == "sliced" else "with constant gates"
         lines += [
             "",
-            f"Condensed: layers {', '.join(map(str, condensed))} have no router; in each a few experts, or none, answer "
+            f"Condensed: layers {', '.join(map(str, condensed))} have no router; the experts left there, if any, answer "
             f"every token, {stored}.",
         ]
     if is_approximate(plan, form):
@@ -82,7 +82,7 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
 def _router(plan: Plan, form: Form) -> str:
     """What has become of the routers, in a sentence."""
     if any(scope.plan.static_K is not None for scope in plan.scopes):
-        return "those layers have no router any more: what is left of them answers every token."
+        return "condensed layers have lost their routers."
     if form == "sliced" or any(bool((scope.plan.assignment_E < 0).any()) for scope in plan.scopes):
         return "the routers have lost the rows of the others."
     return "the routers are untouched, and choose among all experts as before."
