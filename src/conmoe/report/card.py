@@ -66,8 +66,8 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         stored = "folded into one dense MLP each" if form == "sliced" else "with constant gates"
         lines += [
             "",
-            f"Condensed: layers {', '.join(map(str, condensed))} have no router; the experts left there, if any, answer "
-            f"every token, {stored}.",
+            f"Condensed: layers {', '.join(map(str, condensed))} have no router; the experts left there, if any, "
+            f"answer every token, {stored}.",
         ]
     if is_approximate(plan, form):
         lines += ["", "**Approximation:** the plan redirects experts, and cutting router rows drops them instead."]
