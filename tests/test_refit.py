@@ -157,11 +157,11 @@ def test_without_a_ridge_the_gradient_of_the_last_prototype_vanishes():
 
 
 def test_a_ridge_minimises_fit_and_distance_from_the_plan_together():
-    """One prototype, one sweep: any other down projection is worse by the stated objective."""
+    """One prototype, whatever ridge came before: any other down projection is worse by the stated objective."""
     layer = small(3)
     sample = layer.statistics.sample
     plan = plans.remap(torch.tensor([1]), torch.zeros(6, dtype=torch.int64))
-    refined = refine("refit", sample, layer.experts, plan, ridges=(0.5,))
+    refined = refine("refit", sample, layer.experts, plan, ridges=(3.0, 0.5))
     tokens = fitted_on(sample)
     target_nD = wanted(layer, sample, tokens)
     share_n = sample.weight_nk[tokens].double().sum(dim=1)
@@ -276,6 +276,18 @@ def test_skipped_slots_are_silent_and_the_others_take_over_their_share():
     expected = (y_nD - left_nD).square().sum() / y_nD.square().sum()
     frozen = refine("refit", sample, layer.experts, plan, frozen=range(4))
     assert frozen.predicted_error == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_new_weights_of_the_plan_are_what_is_refined():
+    """A plan whose up projections are not those of its recipe: these stay, and the loop sees them."""
+    layer = small(3, T=400)
+    up_KID = 2 * layer.experts.up_EID[KEPT]
+    plan = replace(remapped(), weights={"up_EID": up_KID})
+    refined = refine("refit", layer.statistics.sample, layer.experts, plan)
+    assert torch.equal(refined.weights["up_EID"], up_KID)
+    tokens = held_out(layer.statistics.sample)
+    assert refined.predicted_error == pytest.approx(error(layer, refined, tokens), rel=1e-4)
+    assert refined.predicted_error < error(layer, plan, tokens)
 
 
 def test_condensed_layers_and_factors_are_refused():
