@@ -25,6 +25,7 @@ fix: ## what can be mended by a tool: formatting, import order, simple lint
 docs: ## write the generated parts of the documentation again
 	@$(PYTHON) scripts/install.py dev
 	@$(BIN)/python scripts/docs.py
+	@$(BIN)/python scripts/results.py
 
 bench: ## list the benchmarks; each is run by hand and prints its result
 	@for file in benchmarks/*.py; do \

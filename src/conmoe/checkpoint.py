@@ -130,7 +130,7 @@ def read_parameter(layout: Layout, model: PreTrainedModel, target: str, dtype: t
 
 
 def split_parameter(layout: Layout, target: str, value: Tensor) -> Iterator[tuple[Held, Tensor]]:
-    """The inverse of :func:`read_parameter`: every tensor on disk that makes up a parameter, and its share of ``value``.
+    """The inverse of :func:`read_parameter`: every tensor on disk that makes up a parameter, its share of ``value``.
 
     Raises:
         UsageError: the parameter is stored in a layout that can be read, but not written.
