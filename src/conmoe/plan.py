@@ -226,6 +226,8 @@ class _ScopePlans:
             if part:
                 part.mkdir(exist_ok=True)
                 write_plan(part, _assemble([made], self._asked, self._request, self._protected, self._manifest, {}))
+                if made.plan.weights:  # they may be gigabytes: from here on they are read where they lie
+                    made = read_plan(part).scopes[0]
         # new weights are gigabytes, and lie on disk already
         if draft and not (part and made.plan.weights):
             self._made[position, keep] = made
