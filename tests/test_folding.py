@@ -68,7 +68,10 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("Glm4MoeLiteConfig", {**_ROUTED, **_TYPES, **_LATENT}),
     "hy_v3": ("HYV3Config", {**_NUM, **_TYPES, "num_shared_experts": 1}),
     "hy_v4": ("HYV4Config", {**_ROUTED, **_TYPES, **_LATENT}),
-    "laguna": ("LagunaConfig", {**_NUM, **_TYPES, "shared_expert_intermediate_size": 24}),
+    "laguna": (
+        "LagunaConfig",
+        {**_NUM, **_TYPES, "shared_expert_intermediate_size": 24, "moe_routed_scaling_factor": 2.5},
+    ),
     "mellum": ("MellumConfig", {"num_local_experts": EXPERTS, **_TYPES}),
 }
 Checkpoint = Callable[[str], Path]
