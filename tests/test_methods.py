@@ -84,6 +84,37 @@ def test_conmoe_predicts_the_error_of_each_redirect():
     assert plan.predicted_error == pytest.approx(float(error), rel=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_silence_answers_where_it_is_nearer_than_any_prototype(seed: int):
+    layer = observe(random_experts(7, seed=seed), seed=seed, k=1)
+    cost_EE = similarity.functional_distance(layer.statistics.sample, layer.experts)
+    score = torch.tensor([sum(g * y for g, y in slots) for slots in slots_of(layer)]).double()
+
+    def value(kept: tuple[int, ...]) -> float:
+        return float((score * cost_EE[:, list(kept)].amin(dim=1).clamp_max(1)).sum())
+
+    plan = run(conmoe, layer, 3, redirect="zero")
+    kept = tuple(sorted(plan.mixing_KE.argmax(dim=1).tolist()))
+    assert value(kept) == pytest.approx(min(map(value, combinations(range(7), 3))), rel=0.05)
+    silent = [e for e in range(7) if min(float(cost_EE[e, p]) for p in kept) > 1]
+    assert silent
+    assert plan.constant_CD is not None
+    assert plan.constant_CD.tolist() == [[0.0] * 16]
+    assert [e for e, answer in enumerate(plan.assignment_E.tolist()) if answer == 3] == silent
+    assert plan.predicted_error < run(conmoe, layer, 3).predicted_error
+    error = (layer_output(layer, plan) - layer_output(layer)).square().sum() / layer_output(layer).square().sum()
+    assert plan.predicted_error == pytest.approx(float(error), rel=1e-4)
+    fused = run(conmoe, layer, 3, redirect="zero", fusion="frequency")
+    assert not fused.mixing_KE[:, silent].any()
+
+
+def test_nobody_is_silenced_whose_stand_in_is_near():
+    layer = duplicate_pairs()
+    plan = run(conmoe, layer, 2, redirect="zero")
+    assert sources(plan) == [0, 0, 2, 2]
+    assert plan.constant_CD is None
+
+
 def duplicate_pairs() -> Layer:
     """{A, A', B, B'} of methods.md, section 1.4, trap 1."""
     return observe(with_rows(random_experts(4), [0, 0, 2, 2]))
@@ -169,6 +200,11 @@ def test_fusion_averages_the_members_of_each_prototype(weight: str):
         members = source_E == source_E[e]
         expected_E = torch.where(members, share_E, 0.0) / share_E[members].sum()
         torch.testing.assert_close(recipes(plan)[e], expected_E)
+
+
+def test_silence_has_no_place_among_weights():
+    with pytest.raises(UsageError, match="distance=functional"):
+        run(conmoe, duplicate_pairs(), 2, redirect="zero", distance="weight")
 
 
 def test_contradicting_ablations_are_refused():

@@ -47,7 +47,10 @@ def conmoe(
     selection: Annotated[Literal["coverage", "product"], "how prototypes are chosen"] = "coverage",
     contribution: Annotated[Literal["mean", "sum", "man", "frequency"], "what makes an expert important"] = "sum",
     signal: Annotated[Signal, "ablation: choose by one signal only"] = "both",
-    redirect: Annotated[Literal["nearest", "random", "drop"], "ablation: what becomes of the others"] = "nearest",
+    redirect: Annotated[
+        Literal["nearest", "zero", "random", "drop"],
+        "what becomes of the others: zero silences those to which silence is nearer; random and drop are ablations",
+    ] = "nearest",
     fusion: Annotated[Literal["none", "frequency", "contribution"], "ablation: average the members"] = "none",
     min_own: Annotated[int, "prototypes each layer of a scope keeps of its own; -1: as many as its router picks"] = -1,
     seed: Annotated[int, "seed of the random map"] = 0,
@@ -60,7 +63,12 @@ def conmoe(
     we could read them. "product" is the rule of an independent implementation (there with distance=weight and
     contribution=mean): the highest ``minmax(c_i) * minmax(min over j of cost_ij)``; it can keep both of two duplicates
     and lose both of two others. Gates and router stay as they are.
+
+    A functional cost above 1 is worse than no answer at all. ``redirect="zero"`` (ours) counts it as 1, and experts
+    that are so far from every prototype answer with a vector of zeros, their gates lost to nobody.
     """
+    if redirect == "zero" and distance != "functional":
+        raise UsageError("Only distance=functional tells how near silence is; choose that, or another redirect.")
     if redirect == "drop" and fusion != "none":
         raise UsageError("Dropped experts are averaged into nothing; choose either fusion or redirect=drop.")
     owner_E = statistics.owner_E
@@ -72,7 +80,8 @@ def conmoe(
     own = own_by_default(statistics, keep) if min_own < 0 else min_own
     if selection == "coverage" and signal != "contribution":
         demand_E = contribution_E if signal == "both" else torch.ones_like(contribution_E)
-        kept_K = coverage.cover(cost_EE, demand_E.clamp_min(UNUSED * float(demand_E.mean())), keep, owner_E, own)
+        reach_EE = cost_EE.clamp_max(1.0) if redirect == "zero" else cost_EE
+        kept_K = coverage.cover(reach_EE, demand_E.clamp_min(UNUSED * float(demand_E.mean())), keep, owner_E, own)
     else:
         kept_K = top(_product(contribution_E, replaceability_E, signal), keep, owner_E, own)
 
@@ -81,10 +90,14 @@ def conmoe(
         plan = plans.prune(kept_K, owner_E.numel())
     else:
         nearest_E = coverage.nearest(cost_EE, kept_K)
-        assignment_E = nearest_E if redirect == "nearest" else _random_map(kept_K, owner_E, seed)
-        plan = _redirected(kept_K, assignment_E, weight_E, owner_E)
+        assignment_E = _random_map(kept_K, owner_E, seed) if redirect == "random" else nearest_E
+        own_cost_E = cost_EE[torch.arange(owner_E.numel()), kept_K[assignment_E]]
+        silent_E = own_cost_E > (1.0 if redirect == "zero" else torch.inf)
+        plan = _redirected(kept_K, assignment_E.masked_fill(silent_E, plans.DROPPED), weight_E, owner_E)
+        if silent_E.any():
+            plan = _silenced(plan, silent_E, width=experts.down_EDI.shape[1])
         if distance == "functional" and weight_E is None:
-            plan = replace(plan, predicted_error=_error(cost_EE, kept_K[assignment_E], statistics))
+            plan = replace(plan, predicted_error=_error(own_cost_E.masked_fill(silent_E, 1.0), statistics))
     return replace(plan, scores={"contribution": contribution_E, "replaceability": replaceability_E})
 
 
@@ -111,7 +124,13 @@ def _redirected(kept_K: Tensor, assignment_E: Tensor, weight_E: Tensor | None, o
     return plans.compose(assignment_E, average_own(kept_K, assignment_E, weight_E, owner_E))
 
 
-def _error(cost_EE: Tensor, source_E: Tensor, statistics: LayerStatistics) -> float:
+def _silenced(plan: LayerPlan, silent_E: Tensor, width: int) -> LayerPlan:
+    """The plan with experts ``silent_E`` answering by one and the same vector of zeros."""
+    zero = plan.mixing_KE.shape[0]
+    return replace(plan, assignment_E=plan.assignment_E.masked_fill(silent_E, zero), constant_CD=torch.zeros(1, width))
+
+
+def _error(cost_E: Tensor, statistics: LayerStatistics) -> float:
     """The layer's relative squared output error, as if the errors of different experts were uncorrelated."""
     share_E = share_within(statistics.sums["gate_norm_squared"], torch.zeros_like(statistics.owner_E))
-    return float((share_E * cost_EE[torch.arange(source_E.numel()), source_E]).sum())
+    return float((share_E * cost_E).sum())
