@@ -18,6 +18,7 @@ ALL = "all"
 SETS: Mapping[str, tuple[str, ...]] = {
     "ablations": (
         "conmoe",
+        "conmoe:redirect=zero",
         "conmoe:redirect=drop",
         "conmoe:redirect=random",
         "conmoe:signal=contribution",
