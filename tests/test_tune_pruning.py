@@ -435,8 +435,8 @@ def test_a_checkpoint_without_factors_has_nothing_to_prune(checkpoint, tmp_path)
 def test_from_the_method_to_the_result_by_the_command_line(checkpoint, calibrated, tmp_path, capsys):
     run, source, data = runner(capsys), checkpoint("olmoe"), write_text(tmp_path)
     statistics, plan, model = calibrated("olmoe"), tmp_path / "plan", tmp_path / "model"
-    options = ("--method", "mc-smoe", "--keep", "0.5", "--option", "rank=4", "--option", "ratio=1.0")
-    assert run("plan", source, statistics, plan, *options).code == 0
+    options = [word for option in ("rank=4", "ratio=1.0", "structure=rows") for word in ("--option", option)]
+    assert run("plan", source, statistics, plan, "--method", "mc-smoe", "--keep", "0.5", *options).code == 0
     assert run("apply", source, plan, model).code == 0
     arguments = (
         *("--mode", "prune", "--against", source, "--data", data, "--tokens", 1024, "--seq-len", 32),
@@ -450,7 +450,7 @@ def test_from_the_method_to_the_result_by_the_command_line(checkpoint, calibrate
     wanted = {"ratio": 0.2, "distillation": 0.5, "prune_start": 0.1, "prune_end": 0.9, "temperature": 2.0}
     assert {name: asked[name] for name in wanted} == wanted
     said = run("tune", model, tmp_path / "said", *arguments)
-    assert "rows are left" in said.out + said.err
+    assert "rows or columns are left" in said.out + said.err
 
 
 # A trained model -----------------------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_a_trained_model_keeps_more_than_without_tuning(tmp_path):
     held_out = conmoe.load_tokens(tokenizer, [], tokens=8192, seq_len=256, part="evaluation")
     conmoe.calibrate(model, tmp_path / "statistics", data)
     for name, ratio in (("free", 0.1), ("whole", 1.0)):
-        request = conmoe.Request(method="mc-smoe", keep="0.5", options={"ratio": ratio, "rank": 8})
+        request = conmoe.Request(method="mc-smoe", keep="0.5", options={"ratio": ratio, "rank": 8, "structure": "rows"})
         conmoe.apply(model, conmoe.plan(model, tmp_path / "statistics", None, request), tmp_path / name)
     options = Tuning("prune", learning_rate=1e-3, epochs=3)
     tuned = tune(tmp_path / "whole", tmp_path / "out", data, options, Quiet(), against=model, held_out=held_out)

@@ -68,7 +68,7 @@ def tune(
     ratio: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="In --mode prune: the share of rows beside the low ranks that is left in the end."
+            min=0.0, max=1.0, help="In --mode prune: the share of rows or columns beside the low ranks left in the end."
         ),
     ] = 0.1,
     distillation: Annotated[
@@ -77,7 +77,7 @@ def tune(
     ] = 0.2,
     prune_start: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="In --mode prune: share of the steps after which the first rows go."),
+        typer.Option(min=0.0, max=1.0, help="In --mode prune: share of the steps after which the first go."),
     ] = 0.04,
     prune_end: Annotated[
         float,
@@ -139,5 +139,5 @@ def tune(
         rows = [("before", "", tuned.before), ("after", "", tuned.after)]
         console.stdout.print(tables.fidelity_table(f"{tuned.after.tokens:,} held-out tokens", rows))
     moved = f"{tuned.tensors} tensors, {tables.quantity(tuned.parameters)} parameters"
-    left = "; {:,} of {:,} rows are left".format(*tuned.lines) if tuned.lines else ""
+    left = "; {:,} of {:,} rows or columns are left".format(*tuned.lines) if tuned.lines else ""
     say(f"{out}: {moved}, tuned in {tuned.steps} steps{left}.")
