@@ -62,12 +62,14 @@ def given(layer: Layer, plan: LayerPlan, sample: TokenSample, tokens: Sequence[i
     left = [expert for expert, prototype in enumerate(plan.assignment_E.tolist()) if prototype >= 0]
     index_nk, weight_nk = sample.index_nk, sample.weight_nk
     if len(left) < plan.assignment_E.numel():
+        assert layer.experts.reroute is not None
         index_nk, weight_nk = layer.experts.reroute(sample.hidden_nD, torch.tensor(left))
     y_nD = torch.zeros(len(tokens), sample.hidden_nD.shape[1], dtype=torch.float64)
     for y_D, token in zip(y_nD, tokens, strict=True):
         for expert, gate in zip(index_nk[token].tolist(), weight_nk[token].tolist(), strict=True):
             prototype, share = int(plan.assignment_E[expert]), gate * float(plan.gain_E[expert])
             if prototype >= K:
+                assert plan.constant_CD is not None
                 y_D += share * plan.constant_CD[prototype - K].double()
             else:
                 y_D += share * answer(made, prototype, sample.hidden_nD[token].double())
@@ -266,6 +268,7 @@ def test_skipped_slots_are_silent_and_the_others_take_over_their_share():
     layer, plan = small(9), replace(PLANS["dropping"], skip=0.5)
     sample = layer.statistics.sample
     left = torch.tensor([0, 2, 3, 5])
+    assert layer.experts.reroute is not None
     index_nk, weight_nk = layer.experts.reroute(sample.hidden_nD, left)
     gate_nk = torch.where(weight_nk < 0.5 * weight_nk.amax(dim=1, keepdim=True), 0.0, weight_nk)
     assert (gate_nk == 0).any()

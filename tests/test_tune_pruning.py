@@ -477,6 +477,7 @@ def test_a_trained_model_keeps_more_than_without_tuning(tmp_path):
 def test_on_a_gpu_in_bfloat16(whole, checkpoint, tmp_path):
     options = replace(PRUNE, epochs=4, device="cuda", gradient_checkpointing=True)
     tuned = tune(whole(), tmp_path / "out", text(), options, Quiet(), against=checkpoint("olmoe"))
+    assert tuned.lines is not None
     assert lines_of(tmp_path / "out") == tuned.lines[0]
     assert tuned.losses[-1] < tuned.losses[0]
     assert json.loads((tmp_path / "out" / "conmoe" / "tuning.json").read_text())["plan_holds"] is True
