@@ -203,7 +203,7 @@ def test_compression_of_full_rank_is_the_merge(align: str, bias: bool, structure
 def test_what_is_stored_is_the_truncated_decomposition_and_the_largest_lines(structure: str):
     layer = observe(random_experts(8))
     merged = prototypes(layer.experts, run(layer, 3))
-    plan = compress(layer, 3, rank=2, ratio=0.3, structure=structure, importance="energy")
+    plan = compress(layer, 3, rank=2, ratio=0.3, structure=structure)
     stored = prototypes(layer.experts, plan)
     energies, losses = [], []
     for name in MATRICES:
