@@ -246,18 +246,24 @@ def test_a_ragged_plan_says_so_is_stored_shared_and_read_again(model, planned, t
         conmoe.apply(model, read, tmp_path / "sliced", form="sliced")
 
 
+@pytest.mark.parametrize("over", ["most", "all"])
 @pytest.mark.parametrize("keep", range(2, EXPERTS))
-def test_dominant_is_the_papers_rule(keep, planned, statistics):
-    """M-SMoE, section 3: frequencies over the layer's highest, the global top B, at least one in each layer."""
+def test_dominant_is_the_papers_rule(keep, over, planned, statistics):
+    """M-SMoE, section 3: frequencies over the layer's highest, the global top B, at least one in each layer.
+
+    In the authors' code, frequencies are shares of all uses but for the highest, which is 1.
+    """
     counts = [read_layer(statistics, layer).sums["count"].tolist() for layer in range(LAYERS)]
     everyone = [
-        (uses / max(layer), -index, -expert) for index, layer in enumerate(counts) for expert, uses in enumerate(layer)
+        (1.0 if uses == max(layer) else uses / (max(layer) if over == "most" else sum(layer)), -index, -expert)
+        for index, layer in enumerate(counts)
+        for expert, uses in enumerate(layer)
     ]
     kept = [0] * LAYERS
     for _, index, _ in sorted(everyone, reverse=True)[: keep * LAYERS]:
         kept[-index] += 1
     assert min(kept) >= 1
-    plan = planned(method="m-smoe", keep=str(keep))
+    plan = planned(method="m-smoe", keep=str(keep), budget_options={"over": over})
     assert plan.budget == "dominant"
     assert sizes(plan) == kept
 

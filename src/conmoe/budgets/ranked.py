@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -34,18 +34,34 @@ def global_(
 
 
 @budget("dominant", paper="https://arxiv.org/abs/2310.01334")
-def dominant(context: Context) -> list[int]:
+def dominant(
+    context: Context,
+    *,
+    over: Annotated[Literal["most", "all"], "take uses over those of the most used expert, or of all experts"] = "most",
+) -> list[int]:
     """The experts most used over all layers stay, each one's uses over those of the most used of its layer.
 
     M-SMoE, section 3: so every layer has an expert of frequency 1, and keeps at least that one (here also what its
     router needs, where rows are cut). A layer that uses its experts evenly keeps many. The paper leaves the first MoE
     layer whole; --layers does that, and --keep then counts the other layers alone.
+
+    ``over="all"`` is what the authors' code does: an expert's share of the uses of its layer, and 1 for the most used
+    one. Counts differ less between layers.
     """
     frequency = []
     for scope in context.scopes:
         counts = [read_layer(context.statistics, layer.index).sums["count"].double() for layer in scope]
-        frequency.append(torch.cat([count_E / count_E.max().clamp_min(1) for count_E in counts]))
+        frequency.append(torch.cat([_frequency(count_E, over) for count_E in counts]))
     return spread(frequency, context.total, context.floor, context.cap, context.step)
+
+
+def _frequency(count_E: Tensor, over: str) -> Tensor:
+    """Uses of the experts of one layer, 1 for the most used."""
+    if over == "most":
+        return count_E / count_E.max().clamp_min(1)
+    share_E = count_E / count_E.sum().clamp_min(1)
+    share_E[count_E.argmax()] = 1.0
+    return share_E
 
 
 def _shares(context: Context, name: str) -> list[Tensor]:
