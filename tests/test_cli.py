@@ -224,7 +224,11 @@ def test_debug_may_stand_anywhere_and_shows_where_it_went_wrong(run, checkpoint,
 
 def test_an_interrupted_verb_says_how_to_go_on(run, checkpoint, monkeypatch):
     monkeypatch.setattr(conmoe, "inspect", lambda *given, **options: signal.raise_signal(signal.SIGINT))
-    done = run("inspect", checkpoint("olmoe"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
+    try:
+        done = run("inspect", checkpoint("olmoe"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.code == 130
     assert done.err.strip() == (
         "Error: Interrupted; what was finished is kept, and the same command goes on from there."
