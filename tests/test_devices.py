@@ -13,6 +13,7 @@ from torch import Tensor
 from conmoe.ops import subsets
 from conmoe.ops.accumulate import add_at
 from conmoe.ops.experts import tensors
+from conmoe.ops.refit import Kind, refine
 from conmoe.registry import Method, bind_options, methods
 from conmoe.types import Experts, LayerPlan, LayerStatistics, UsageError, sample_tensors
 from tests.layers import observe, random_experts
@@ -73,6 +74,16 @@ def test_every_method_plans_on_a_gpu_and_brings_the_plan_back(method: Method, op
             return
         plan = plan_layer(method, statistics, experts, 5 * scope, held, 1, bound)
     assert not [name for name, tensor in contents(plan).items() if is_there(tensor)], "left on the GPU"
+
+
+@pytest.mark.parametrize("kind", ["gains", "refit"])
+@pytest.mark.parametrize("name", ["conmoe", "reap", "mone", "m-smoe"])
+def test_plans_are_refined_on_a_gpu(name: str, kind: Kind):
+    statistics, experts = on_gpu(0)
+    with PretendedGpu():
+        plan = plan_layer(methods()[name], statistics, experts, 4, (), 1, bind_options(methods()[name], {}))
+        refined = refine(kind, statistics.sample, experts, plan)
+    assert not [name for name, tensor in contents(refined).items() if is_there(tensor)], "left on the GPU"
 
 
 def contents(plan: LayerPlan) -> dict[str, Tensor]:
