@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from conmoe.ops import least_squares
+from conmoe.ops.accumulate import add_at
 from conmoe.ops.experts import expert_hidden, mix, tensors
 from conmoe.ops.least_squares import Gram
 from conmoe.ops.similarity import BLOCK_BYTES
@@ -228,11 +229,10 @@ def _gain_gram(layer: _Layer, rows_n: Tensor) -> Gram:
             gate_s = layer.gate_nk[rows_c[rows], slots]
             added_ckD[rows, slots] = gate_s.unsqueeze(1) * _answer(layer, answer, rows_c[rows])
         product_ckk = added_ckD @ added_ckD.transpose(1, 2)
-        inner.index_add_(
-            0, (expert_ck.unsqueeze(2) * E + expert_ck.unsqueeze(1)).flatten(), product_ckk.flatten().double()
-        )
+        pair_ckk = expert_ck.unsqueeze(2) * E + expert_ck.unsqueeze(1)
+        add_at(inner, 0, pair_ckk.flatten(), product_ckk.flatten().double())
         missing_ck = (added_ckD @ layer.residual_nD[rows_c].unsqueeze(2)).squeeze(2)
-        cross.index_add_(0, expert_ck.flatten(), missing_ck.flatten().double())
+        add_at(cross, 0, expert_ck.flatten(), missing_ck.flatten().double())
     return replace(gram, energy=layer.residual_nD[rows_n].double().square().sum())
 
 
