@@ -299,4 +299,7 @@ def test_a_folded_result_can_be_measured_without_being_written(checkpoint, tmp_p
     conmoe.apply(folder, plan, tmp_path / "out", form="sliced")
     made = preview(open_source(folder), plan, "sliced")
     data = token_data(2, 12, seed=5)
-    assert measure(made, data, None).loss == conmoe.evaluate(tmp_path / "out", data).loss
+    # sums of floats differ in the last bits with where their operands happen to lie in memory
+    assert measure(made, data, None).loss.value == pytest.approx(
+        conmoe.evaluate(tmp_path / "out", data).loss.value, rel=1e-6
+    )

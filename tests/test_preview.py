@@ -41,7 +41,12 @@ def test_a_preview_measures_like_the_checkpoint(checkpoint, calibrated, tmp_path
     with run_through(source, data, "cpu") as passed:
         seen = measure(preview(source, plan, experts_implementation="conmoe_observed"), data, passed)
         itself = measure(open_source(folder, experts_implementation="conmoe_observed"), data, passed)
-    assert seen == written
+    # sums of floats differ in the last bits with where their operands happen to lie in memory
+    assert seen.loss.value == pytest.approx(written.loss.value, rel=1e-6)
+    assert seen.kl is not None
+    assert written.kl is not None
+    assert seen.kl.value == pytest.approx(written.kl.value, rel=1e-4)
+    assert (seen.bytes, seen.parameters, seen.tokens) == (written.bytes, written.parameters, written.tokens)
     assert itself.kl is not None
     assert itself.kl.value == 0.0
     assert torch.isfinite(torch.tensor(seen.loss.value))
