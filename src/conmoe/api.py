@@ -14,6 +14,8 @@ from conmoe.compress import Result, calibration_documents, check, compress
 from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, parse_spec
 from conmoe.demo import PROMPT as DEMO_PROMPT
 from conmoe.demo import Demo, demo
+from conmoe.diagnosis import Diagnosis
+from conmoe.doctor import doctor
 from conmoe.evaluate import Fidelity, Measured, evaluate
 from conmoe.generate import generate
 from conmoe.inspect import Inspection, inspect
@@ -38,6 +40,7 @@ __all__ = [
     "ConmoeError",
     "DataSpec",
     "Demo",
+    "Diagnosis",
     "Fidelity",
     "Inspection",
     "Measured",
@@ -56,6 +59,7 @@ __all__ = [
     "check",
     "compress",
     "demo",
+    "doctor",
     "evaluate",
     "generate",
     "inspect",

@@ -14,6 +14,7 @@ from conmoe.report.numbers import size as size
 from conmoe.report.numbers import with_error
 
 if TYPE_CHECKING:
+    from conmoe.diagnosis import Diagnosis, Estimate
     from conmoe.evaluate import Fidelity, Measured
 
 
@@ -43,6 +44,63 @@ def facts(title: str, rows: list[tuple[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def uses_table(found: Diagnosis) -> Group:
+    """How well the calibration text covers the experts of each layer."""
+    first = found.uses[0]
+    table = _narrow("layer", "least", "median", "never", "few", "busiest", "effective")
+    for use in found.uses:
+        row = (use.layer, use.least, f"{use.median:g}", use.never, use.few)
+        table.add_row(*map(str, row), f"{use.busiest:.0%}", f"{use.effective:.1f}")
+    title = f"{first.tokens:,} tokens, {first.experts} experts in a layer"
+    note = (
+        "Tokens of the least used and the median expert; experts without any, and with some but fewer than 32; share "
+        "of choices on the most used eighth; experts that, evenly used, would be as uneven."
+    )
+    return Group(Text(title, style="italic"), table, Text(note, style="dim"))
+
+
+def planned_table(found: Diagnosis) -> Group:
+    """What a plan leaves of each layer's output, by its own account and as measured."""
+    fresh = any(each.fresh for each in found.planned)
+    headings = ("predicted", "measured", *(("other text",) if fresh else ()), "own half", "other half", "kept", "same")
+    table = _narrow("layers", "experts", *headings)
+    for each in found.planned:
+        halves = each.halves
+        numbers = [
+            "-" if each.predicted is None else f"{each.predicted:.3f}",
+            _share(each.sample),
+            *([_share(each.fresh)] if fresh else []),
+            _share(halves.own if halves else None),
+            _share(halves.other if halves else None),
+            "-" if halves is None or halves.kept_alike is None else f"{halves.kept_alike:.0%}",
+            "-" if halves is None or halves.answers_alike is None else f"{halves.answers_alike:.0%}",
+        ]
+        layers = "-".join(map(str, dict.fromkeys((each.layers[0], each.layers[-1]))))
+        table.add_row(layers, f"{each.prototypes}/{each.experts}", *numbers)
+    title = f"{found.method}, keep {found.keep}, refine {found.refine}"
+    chance = next((each.halves.by_chance for each in found.planned if each.halves and each.halves.by_chance), None)
+    note = (
+        "Share of the energy of a layer's routed output that the plan does not reproduce; planned on half of the "
+        "sample, on that half and on the other; kept experts that both halves agree on"
+        + (f" ({chance:.0%} by chance)" if chance else "")
+        + ", and experts with the same prototype or fate."
+    )
+    missing = [Text(f"Layer {each.layers[0]}: {each.untold}.", style="dim") for each in found.planned if each.untold]
+    return Group(Text(title, style="italic"), table, Text(note, style="dim"), *missing)
+
+
+def _narrow(first: str, *headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _share(found: Estimate | None) -> str:
+    return "-" if found is None else f"{found.value:.3f}"
 
 
 def measured(number: Measured | None, *, percent: bool = False) -> str:

@@ -9,6 +9,7 @@ FILES = (
     "budgets",
     "calibrate",
     "plan",
+    "doctor",
     "apply",
     "compress",
     "tune",

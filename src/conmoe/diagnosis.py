@@ -1,0 +1,244 @@
+"""What the doctor found, as a record, and what it advises: rules on numbers, without tensors, files or models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from conmoe.artifacts import Record
+
+#: Fewer tokens make an expert's score noise: the standard error of a mean over 32 tokens is 18 % of their spread.
+NOISY = 32
+#: A layer where no more than this share of the experts is so badly known is not worth a word: some always are.
+FEW = 0.05
+#: Where the median expert has more tokens than this, those that have hardly any wait for another kind of text.
+PLENTY = 10 * NOISY
+#: A plan fits its tokens more than other tokens where it leaves this much more of the others, as a share of its own.
+GAP = 0.1
+#: An estimate fails where the measured error is this many times as large, ...
+OFF = 1.5
+#: ... by more than this share of the layer's output ...
+VISIBLE = 0.02
+#: ... and by this many standard errors.
+CERTAIN = 3.0
+#: Methods that fit down projections to the token sample by themselves; ``--refine refit`` does it for the others.
+FITTED = ("merge-moe",)
+
+Kind = Literal["unknown experts", "starved fit", "sample too small", "estimate fails", "other text", "beyond repair"]
+
+
+class Estimate(Record):
+    """A number and its standard error over tokens, None for a single token."""
+
+    value: float
+    stderr: float | None
+
+
+class Use(Record):
+    """How well one layer's experts are known from the calibration text."""
+
+    layer: int
+    experts: int
+    tokens: int  # calibrated on
+    sample: int  # tokens of the sample
+    least: int  # tokens of the expert that got fewest
+    median: float
+    never: int  # experts without any token
+    few: int  # experts with some, but fewer than NOISY
+    reach: float  # how many times as many tokens would give NOISY to the median of those; 1 if there are none
+    busiest: float  # share of all choices that fell on the most used eighth of the experts
+    effective: float  # exp of the entropy of the choices: how many equally used experts are as uneven
+
+
+class Halves(Record):
+    """The plan of a scope made twice, each time on half of the token sample."""
+
+    tokens: int  # of a half, for each layer
+    kept_alike: float | None  # share of kept experts in common; None where nothing was to choose
+    by_chance: float | None  # what two random choices would have in common
+    answers_alike: float | None  # share of experts with the same prototype, or dropped in both; None where condensed
+    own: Estimate  # what is left of the output on the half that was planned on
+    other: Estimate  # and on the other half
+    gap: Estimate  # other - own
+
+
+class Planned(Record):
+    """What a plan leaves of the output of one scope, by its own account and as measured: relative squared errors."""
+
+    layers: tuple[int, ...]
+    experts: int
+    prototypes: int
+    predicted: float | None  # by the method; None if it says nothing
+    sample: Estimate | None  # measured on the tokens that it was planned on
+    fresh: Estimate | None  # measured on other text
+    halves: Halves | None
+    width: int  # hidden units of an expert
+    sample_tokens: int  # for each layer
+    reached: float  # tokens of the sample that reach the median prototype
+    starved: int  # prototypes that fewer tokens reach than an expert has hidden units
+    untold: str = ""  # why something is missing
+
+
+class Advice(Record):
+    """A warning: one sentence that says what is wrong, where, and what to do."""
+
+    kind: Kind
+    layers: tuple[int, ...]
+    text: str
+
+
+class Diagnosis(Record):
+    """All that the doctor found."""
+
+    version: str
+    statistics: str  # fingerprints
+    method: str | None  # None without a plan
+    keep: str | None
+    refine: str | None
+    fits: bool  # whether down projections were fitted to the sample
+    fresh: tuple[str, ...]  # the other text, one line for each source
+    uses: tuple[Use, ...]
+    planned: tuple[Planned, ...]
+    warnings: tuple[Advice, ...]
+
+
+def advise(uses: Sequence[Use], planned: Sequence[Planned], *, fits: bool = False) -> tuple[Advice, ...]:
+    """The warnings that these numbers call for, one of a kind, the worst layer named."""
+    rules = (_unknown(uses), _starved(planned if fits else ()), _small(planned), _off(planned), _other(planned))
+    return tuple(advice for rule in (*rules, _lost(planned)) for advice in rule)
+
+
+def _unknown(uses: Sequence[Use]) -> Iterator[Advice]:
+    found = [use for use in uses if use.never + use.few > FEW * use.experts]
+    if not found:
+        return
+    worst = max(found, key=lambda use: (use.never + use.few) / use.experts)
+    silent = f", {worst.never} of them none" if worst.never else ""
+    if worst.median < PLENTY:
+        more = worst.tokens * _doubled(max(2.0, *(use.reach for use in found), PLENTY / max(worst.median, 1.0)))
+        remedy = f"calibrate on more text (--tokens {more})"
+    else:
+        remedy = "the text is long enough, but not what they are for: add other kinds of it (--data) if users bring any"
+    yield Advice(
+        kind="unknown experts",
+        layers=tuple(use.layer for use in found),
+        text=f"Layer {worst.layer}: {worst.never + worst.few} of {worst.experts} experts got fewer than {NOISY} tokens"
+        f"{silent}{_others(len(found), 'less')}; {remedy}.",
+    )
+
+
+def _starved(planned: Sequence[Planned]) -> Iterator[Advice]:
+    found = [each for each in planned if each.starved > each.prototypes / 2]
+    if not found:
+        return
+    worst = min(found, key=lambda each: each.reached)
+    more = worst.sample_tokens * _doubled(worst.width / max(worst.reached, 1.0))
+    yield Advice(
+        kind="starved fit",
+        layers=_layers(found),
+        text=f"{_name(worst)}: {worst.starved} of {worst.prototypes} prototypes were fitted to fewer tokens than their "
+        f"{worst.width} hidden units{_others(len(found), 'less')}, so the plan's own weights decide where the sample "
+        f"is silent; use a larger sample (--sample {more}).",
+    )
+
+
+def _small(planned: Sequence[Planned]) -> Iterator[Advice]:
+    def gap(each: Planned) -> float:
+        return each.halves.gap.value / max(each.halves.own.value, VISIBLE) if each.halves else 0.0
+
+    def certain(each: Planned) -> bool:
+        return each.halves is not None and each.halves.gap.value > CERTAIN * (each.halves.gap.stderr or 0.0)
+
+    found = [each for each in planned if gap(each) > GAP and certain(each)]
+    if not found:
+        return
+    worst = max(found, key=gap)
+    assert worst.halves is not None
+    alike = "" if worst.halves.kept_alike is None else f", and their kept sets agree in {worst.halves.kept_alike:.0%}"
+    yield Advice(
+        kind="sample too small",
+        layers=_layers(found),
+        text=f"{_name(worst)}: planned on half of the sample, {worst.halves.own.value:.3f} of its output is lost there "
+        f"and {worst.halves.other.value:.3f} on the other half{alike}{_others(len(found), 'less')}; use a larger "
+        f"sample (--sample {2 * worst.sample_tokens}).",
+    )
+
+
+def _off(planned: Sequence[Planned]) -> Iterator[Advice]:
+    found = [each for each in planned if each.predicted is not None and _exceeds(each.sample, each.predicted, 0.0)]
+    if not found:
+        return
+    worst = max(found, key=lambda each: _value(each.sample) / max(each.predicted or 0.0, VISIBLE))
+    yield Advice(
+        kind="estimate fails",
+        layers=_layers(found),
+        text=f"{_name(worst)} predicts an error of {worst.predicted:.3f} and measures {_value(worst.sample):.3f} on "
+        f"the calibration sample itself{_others(len(found), 'less')}; do not share out a budget by "
+        "these predictions, and compare methods by what they measure (conmoe bench).",
+    )
+
+
+def _other(planned: Sequence[Planned]) -> Iterator[Advice]:
+    def before(each: Planned) -> Estimate:
+        known = each.halves.other if each.halves else each.sample
+        return known or Estimate(value=math.inf, stderr=None)
+
+    found = [each for each in planned if _exceeds(each.fresh, before(each).value, before(each).stderr or 0.0)]
+    if not found:
+        return
+    worst = max(found, key=lambda each: _value(each.fresh) / max(before(each).value, VISIBLE))
+    yield Advice(
+        kind="other text",
+        layers=_layers(found),
+        text=f"{_name(worst)} loses {_value(worst.fresh):.3f} of its output on the other text and "
+        f"{before(worst).value:.3f} on held-out calibration tokens{_others(len(found), 'less')}; add text like it to "
+        "the calibration (--data), or keep more.",
+    )
+
+
+def _lost(planned: Sequence[Planned]) -> Iterator[Advice]:
+    def error(each: Planned) -> float:
+        known = [each.fresh, each.halves and each.halves.other, each.sample]
+        return next((found.value for found in known if found), 0.0)
+
+    found = [each for each in planned if error(each) > 1]
+    if not found:
+        return
+    worst = max(found, key=error)
+    yield Advice(
+        kind="beyond repair",
+        layers=_layers(found),
+        text=f"{_name(worst)} is {error(worst):.2f} times its output's energy away from the source"
+        f"{_others(len(found), 'less')}, so no routed expert at all would be nearer; keep more there (--budget), or "
+        "refine (--refine refit).",
+    )
+
+
+def _exceeds(found: Estimate | None, expected: float, stderr: float) -> bool:
+    if found is None:
+        return False
+    doubt = CERTAIN * math.hypot(found.stderr or 0.0, stderr)
+    return found.value > OFF * expected and found.value - expected > max(VISIBLE, doubt)
+
+
+def _value(found: Estimate | None) -> float:
+    return found.value if found else 0.0
+
+
+def _layers(planned: Sequence[Planned]) -> tuple[int, ...]:
+    return tuple(layer for each in planned for layer in each.layers)
+
+
+def _name(each: Planned) -> str:
+    return f"Layer {each.layers[0]}" if len(each.layers) == 1 else f"Layers {each.layers[0]} to {each.layers[-1]}"
+
+
+def _others(count: int, how: str) -> str:
+    """The words for the others that the same is true of."""
+    return "" if count == 1 else f" (and {count - 1} other{'s' if count > 2 else ''} {how} so)"
+
+
+def _doubled(times: float) -> int:
+    """The power of two, 16 at most, that is no less."""
+    return 1 << min(4, max(0, math.ceil(math.log2(times))))
