@@ -27,6 +27,8 @@ from conmoe.artifacts import (
 )
 from conmoe.calibrate import Calibration, calibrate, describe
 from conmoe.data import TokenData
+from conmoe.diagnosis import Advice
+from conmoe.doctor import first_look
 from conmoe.evaluate import Fidelity, evaluate
 from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
@@ -52,6 +54,7 @@ class Result:
     manifest: Manifest
     fidelity: Fidelity | None
     approximate: bool
+    warnings: tuple[Advice, ...] = ()  # of the doctor, at first look
 
     def as_json(self) -> dict[str, Any]:
         record = plan_record(self.plan).model_dump(mode="json")
@@ -71,6 +74,7 @@ class Result:
             "predicted_error": {str(scope["layers"][0]): scope["predicted_error"] for scope in record["scopes"]},
             "calibration": self.manifest.model_dump(mode="json", exclude={"documents"}),
             "fidelity": self.fidelity.as_json() if self.fidelity else None,
+            "warnings": [advice.model_dump(mode="json") for advice in self.warnings],
             "calibration_documents": list(self.manifest.documents),
             "dropped_tensors": list(self.applied.dropped),
             "version": self.plan.version,
@@ -153,7 +157,10 @@ def compress(
                     trust_remote_code=trust,
                     advance=advance,
                 )
-        result = Result(replace(applied, folder=out), made, manifest, fidelity, is_approximate(made, applied.form))
+        warnings = first_look(source, statistics, made)
+        result = Result(
+            replace(applied, folder=out), made, manifest, fidelity, is_approximate(made, applied.form), warnings
+        )
         write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
     return result
 

@@ -14,18 +14,20 @@ NOISY = 32
 FEW = 0.05
 #: Where the median expert has more tokens than this, those that have hardly any wait for another kind of text.
 PLENTY = 10 * NOISY
-#: A plan fits its tokens more than other tokens where it leaves this much more of the others, as a share of its own.
-GAP = 0.1
+#: More tokens are worth their time where they would take off this share of a layer's error.
+EXCESS = 0.1
 #: An estimate fails where the measured error is this many times as large, ...
 OFF = 1.5
 #: ... by more than this share of the layer's output ...
 VISIBLE = 0.02
 #: ... and by this many standard errors.
 CERTAIN = 3.0
+#: A layer whose error is this share of its output is better off without any routed expert.
+LOST = 1.05
 #: Methods that fit down projections to the token sample by themselves; ``--refine refit`` does it for the others.
-FITTED = ("merge-moe",)
+FITTED = ("mergemoe",)
 
-Kind = Literal["unknown experts", "starved fit", "sample too small", "estimate fails", "other text", "beyond repair"]
+Kind = Literal["unknown experts", "starved fit", "too few tokens", "estimate fails", "other text", "beyond repair"]
 
 
 class Estimate(Record):
@@ -61,6 +63,10 @@ class Halves(Record):
     own: Estimate  # what is left of the output on the half that was planned on
     other: Estimate  # and on the other half
     gap: Estimate  # other - own
+    #: What of the plan's error on new tokens would go if it had been made from many more: with ``h`` tokens a fit gains
+    #: ``c / h`` on its own tokens and loses as much on others, so that the gap of halves is ``2 c / h``, and the plan
+    #: loses ``c / N`` with the ``N`` tokens that it rests on.
+    excess: float
 
 
 class Planned(Record):
@@ -70,11 +76,13 @@ class Planned(Record):
     experts: int
     prototypes: int
     predicted: float | None  # by the method; None if it says nothing
-    sample: Estimate | None  # measured on the tokens that it was planned on
+    sample: Estimate | None  # measured on the token sample
+    expected: Estimate | None  # on new tokens of the same kind: sample + 2 halves.excess
     fresh: Estimate | None  # measured on other text
     halves: Halves | None
     width: int  # hidden units of an expert
     sample_tokens: int  # for each layer
+    rests_on: int  # tokens of each layer that the decision was made from: of the sample, or all that were calibrated on
     reached: float  # tokens of the sample that reach the median prototype
     starved: int  # prototypes that fewer tokens reach than an expert has hidden units
     untold: str = ""  # why something is missing
@@ -144,45 +152,54 @@ def _starved(planned: Sequence[Planned]) -> Iterator[Advice]:
 
 
 def _small(planned: Sequence[Planned]) -> Iterator[Advice]:
-    def gap(each: Planned) -> float:
-        return each.halves.gap.value / max(each.halves.own.value, VISIBLE) if each.halves else 0.0
-
-    def certain(each: Planned) -> bool:
-        return each.halves is not None and each.halves.gap.value > CERTAIN * (each.halves.gap.stderr or 0.0)
-
-    found = [each for each in planned if gap(each) > GAP and certain(each)]
+    found = [(each, each.halves) for each in planned if each.halves and _excess(each) > EXCESS]
     if not found:
         return
-    worst = max(found, key=gap)
-    assert worst.halves is not None
-    alike = "" if worst.halves.kept_alike is None else f", and their kept sets agree in {worst.halves.kept_alike:.0%}"
+    worst, halves = max(found, key=lambda pair: _excess(pair[0]))
+    more = 2 * worst.rests_on
+    if worst.rests_on == worst.sample_tokens:
+        remedy = f"a larger sample (--sample {more})"
+    elif worst.rests_on < worst.sample_tokens:
+        remedy = f"more tokens of it (--option tokens={more})"
+    else:
+        remedy = f"calibrating on {more} tokens"
+    alike = "" if halves.kept_alike is None else f" (the two plans agree in {halves.kept_alike:.0%} of what they keep)"
     yield Advice(
-        kind="sample too small",
-        layers=_layers(found),
-        text=f"{_name(worst)}: planned on half of the sample, {worst.halves.own.value:.3f} of its output is lost there "
-        f"and {worst.halves.other.value:.3f} on the other half{alike}{_others(len(found), 'less')}; use a larger "
-        f"sample (--sample {2 * worst.sample_tokens}).",
+        kind="too few tokens",
+        layers=_layers([each for each, _ in found]),
+        text=f"{_name(worst)}: planned on half of the sample, {halves.own.value:.3f} of the output is lost there and "
+        f"{halves.other.value:.3f} on the other half{alike}{_others(len(found), 'less')}; {remedy} would help, in the "
+        f"end by some {_excess(worst):.0%} of the error.",
     )
 
 
+def _excess(each: Planned) -> float:
+    """The share of the plan's error on new tokens that would go with many more; 0 if the gap may be chance."""
+    if each.halves is None or _value(each.expected) <= VISIBLE:
+        return 0.0
+    certain = each.halves.gap.value > CERTAIN * (each.halves.gap.stderr or 0.0)
+    return each.halves.excess / _value(each.expected) if certain else 0.0
+
+
 def _off(planned: Sequence[Planned]) -> Iterator[Advice]:
-    found = [each for each in planned if each.predicted is not None and _exceeds(each.sample, each.predicted, 0.0)]
+    found = [
+        each for each in planned if each.predicted is not None and _exceeds(_on_its_kind(each), each.predicted, 0.0)
+    ]
     if not found:
         return
-    worst = max(found, key=lambda each: _value(each.sample) / max(each.predicted or 0.0, VISIBLE))
+    worst = max(found, key=lambda each: _value(_on_its_kind(each)) / max(each.predicted or 0.0, VISIBLE))
     yield Advice(
         kind="estimate fails",
         layers=_layers(found),
-        text=f"{_name(worst)} predicts an error of {worst.predicted:.3f} and measures {_value(worst.sample):.3f} on "
-        f"the calibration sample itself{_others(len(found), 'less')}; do not share out a budget by "
-        "these predictions, and compare methods by what they measure (conmoe bench).",
+        text=f"{_name(worst)} predicts an error of {worst.predicted:.3f}, measures {_value(worst.sample):.3f} on the "
+        f"calibration sample and expects {_value(_on_its_kind(worst)):.3f} on new tokens{_others(len(found), 'less')}; "
+        "do not share out a budget by these predictions, and compare methods by what they measure (conmoe bench).",
     )
 
 
 def _other(planned: Sequence[Planned]) -> Iterator[Advice]:
     def before(each: Planned) -> Estimate:
-        known = each.halves.other if each.halves else each.sample
-        return known or Estimate(value=math.inf, stderr=None)
+        return _on_its_kind(each) or Estimate(value=math.inf, stderr=None)
 
     found = [each for each in planned if _exceeds(each.fresh, before(each).value, before(each).stderr or 0.0)]
     if not found:
@@ -191,18 +208,22 @@ def _other(planned: Sequence[Planned]) -> Iterator[Advice]:
     yield Advice(
         kind="other text",
         layers=_layers(found),
-        text=f"{_name(worst)} loses {_value(worst.fresh):.3f} of its output on the other text and "
-        f"{before(worst).value:.3f} on held-out calibration tokens{_others(len(found), 'less')}; add text like it to "
-        "the calibration (--data), or keep more.",
+        text=f"{_name(worst)} loses {_value(worst.fresh):.3f} of its output on the other text, where "
+        f"{before(worst).value:.3f} was to be expected from the calibration{_others(len(found), 'less')}; calibrate on "
+        "text like it too (--data), or keep more.",
     )
+
+
+def _on_its_kind(each: Planned) -> Estimate | None:
+    """What is known of the error on text of the kind that was calibrated on."""
+    return each.expected or each.sample
 
 
 def _lost(planned: Sequence[Planned]) -> Iterator[Advice]:
     def error(each: Planned) -> float:
-        known = [each.fresh, each.halves and each.halves.other, each.sample]
-        return next((found.value for found in known if found), 0.0)
+        return _value(each.fresh or _on_its_kind(each))
 
-    found = [each for each in planned if error(each) > 1]
+    found = [each for each in planned if error(each) > LOST]
     if not found:
         return
     worst = max(found, key=error)
@@ -210,8 +231,8 @@ def _lost(planned: Sequence[Planned]) -> Iterator[Advice]:
         kind="beyond repair",
         layers=_layers(found),
         text=f"{_name(worst)} is {error(worst):.2f} times its output's energy away from the source"
-        f"{_others(len(found), 'less')}, so no routed expert at all would be nearer; keep more there (--budget), or "
-        "refine (--refine refit).",
+        f"{_others(len(found), 'less')}, so that no routed expert at all would be nearer; keep more there (--budget), "
+        "or leave it whole (--layers).",
     )
 
 

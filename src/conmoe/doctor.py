@@ -106,7 +106,7 @@ def first_look(source: Source, statistics: Path, made: Plan) -> tuple[Advice, ..
     for scope in made.scopes:
         outlines = [outline_experts(source, layers[index]) for index in scope.layers]
         wide, experts = join_layers([known[index] for index in scope.layers], outlines)
-        planned.append(_sized(scope, wide, experts))
+        planned.append(_sized(made, scope, wide, experts))
     uses = [layer_use(index, found) for index, found in known.items()]
     return advise(uses, planned, fits=fits_sample(made))
 
@@ -183,11 +183,11 @@ def _examine(patient: _Patient, scope: ScopePlan) -> Planned:
     if plan.mixing_KE.shape[0] == plan.assignment_E.numel():
         known = [read_layer(patient.statistics, layer.index) for layer in layers]
         wide, outline = join_layers(known, [outline_experts(patient.source, layer) for layer in layers])
-        return _sized(scope, wide, outline)
+        return _sized(patient.made, scope, wide, outline)
     experts = [_moved(read_experts(patient.source, layer), patient.device) for layer in layers]
     known = [_on(read_layer(patient.statistics, layer.index), patient.device) for layer in layers]
     wide, wide_experts = join_layers(known, experts)
-    found = _sized(scope, wide, wide_experts)
+    found = _sized(patient.made, scope, wide, wide_experts)
 
     def left(statistics: Sequence[LayerStatistics], of: LayerPlan) -> tuple[Tensor, Tensor]:
         return leftover([each.sample for each in statistics], experts, wide_experts, of)
@@ -201,12 +201,20 @@ def _examine(patient: _Patient, scope: ScopePlan) -> Planned:
     halves, untold = None, f"the sample holds {found.sample_tokens} tokens, too few to halve"
     if found.sample_tokens >= 2 * FEWEST:
         try:
-            halves, untold = _halves(patient, scope, layers, known, experts, wide_experts), ""
+            halves, untold = _halves(patient, scope, layers, known, experts, wide_experts, found.rests_on), ""
         except UsageError as error:  # a method may ask for more than half of a small sample has
             untold = str(error)
-    return found.model_copy(
-        update={"sample": _estimate(*ratio(*left(known, plan))), "fresh": fresh, "halves": halves, "untold": untold}
-    )
+    sample = _estimate(*ratio(*left(known, plan)))
+    expected = halves and _expected(sample, halves)
+    told = {"sample": sample, "expected": expected, "fresh": fresh, "halves": halves, "untold": untold}
+    return found.model_copy(update=told)
+
+
+def _expected(sample: Estimate, halves: Halves) -> Estimate:
+    """The plan on new tokens: what it leaves of its own, and the gap, which shrinks with the tokens planned on."""
+    share = 2 * halves.excess / halves.gap.value if halves.gap.value > 0 else 0.0
+    stderr = math.hypot(sample.stderr or 0.0, share * (halves.gap.stderr or 0.0))
+    return Estimate(value=sample.value + 2 * halves.excess, stderr=stderr)
 
 
 def _halves(
@@ -216,6 +224,7 @@ def _halves(
     known: Sequence[LayerStatistics],
     experts: Sequence[Experts],
     wide_experts: Experts,
+    rests_on: int,
 ) -> Halves:
     made, held = patient.made, positions(layers, patient.made.protected)
     method = get_method(made.method)
@@ -235,14 +244,17 @@ def _halves(
     own_n = torch.where(first_n, by_first, by_second)
     other_n = torch.where(first_n, by_second, by_first)
     alike = kept_alike(one, two, held)
+    tokens = min(each.tokens for half in twice for each in half)
+    gap, stderr = ratio(other_n - own_n, source_n)
     return Halves(
-        tokens=min(each.tokens for half in twice for each in half),
+        tokens=tokens,
         kept_alike=alike and alike[0],
         by_chance=alike and alike[1],
         answers_alike=answers_alike(one, two),
         own=_estimate(*ratio(own_n, source_n)),
         other=_estimate(*ratio(other_n, source_n)),
-        gap=_estimate(*ratio(other_n - own_n, source_n)),
+        gap=_estimate(gap, stderr),
+        excess=max(0.0, gap) * min(tokens, rests_on) / (2 * rests_on),
     )
 
 
@@ -270,25 +282,36 @@ def _groups(made: Plan, layers: Sequence[MoeLayer]) -> int:
     return layers[0].groups if cuts else 1
 
 
-def _sized(scope: ScopePlan, statistics: LayerStatistics, experts: Experts) -> Planned:
+def _sized(made: Plan, scope: ScopePlan, statistics: LayerStatistics, experts: Experts) -> Planned:
     """What counts alone tell of the plan of a scope."""
     plan, width = scope.plan, experts.gate_EID.shape[1]
     tokens_K = reached(statistics.sample, plan)
     whole = plan.mixing_KE.shape[0] == plan.assignment_E.numel()
-    predicted = plan.predicted_error
+    predicted, sample_tokens = plan.predicted_error, statistics.sample.hidden_nD.shape[0] // len(scope.layers)
     return Planned(
         layers=scope.layers,
         experts=plan.assignment_E.numel(),
         prototypes=plan.mixing_KE.shape[0],
         predicted=predicted if math.isfinite(predicted) else None,
         sample=None,
+        expected=None,
         fresh=None,
         halves=None,
         width=width,
-        sample_tokens=statistics.sample.hidden_nD.shape[0] // len(scope.layers),
+        sample_tokens=sample_tokens,
+        rests_on=_rests_on(made, sample_tokens, statistics.tokens),
         reached=float(tokens_K.double().quantile(0.5)) if tokens_K.numel() else 0.0,
         starved=0 if whole else int((tokens_K < width).sum()),
     )
+
+
+def _rests_on(made: Plan, sample: int, tokens: int) -> int:
+    """How many tokens of a layer the plan was made from; a method with an option ``tokens`` takes so many."""
+    if made.refine != "none":
+        return sample
+    if "sample" in get_method(made.method).needs:
+        return min(sample, int(made.options.get("tokens", sample)))
+    return tokens
 
 
 def _estimate(value: float, stderr: float) -> Estimate:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from conmoe.cli.console import say
 from conmoe.data import TokenData, overlap
+from conmoe.diagnosis import Advice
 from conmoe.forms import is_approximate
 from conmoe.registry import Form
 from conmoe.types import Plan
@@ -19,6 +20,11 @@ def protected(made: Plan) -> None:
 def approximate(made: Plan, form: Form) -> None:
     if is_approximate(made, form):
         say("Note: the sliced form cannot redirect; experts that the plan redirects are dropped. Measure the result.")
+
+
+def advice(warnings: Sequence[Advice]) -> None:
+    for warning in warnings:
+        say(f"Warning: {warning.text}")
 
 
 def overlapping(text: TokenData, documents: Sequence[str]) -> None:

@@ -64,13 +64,14 @@ def uses_table(found: Diagnosis) -> Group:
 def planned_table(found: Diagnosis) -> Group:
     """What a plan leaves of each layer's output, by its own account and as measured."""
     fresh = any(each.fresh for each in found.planned)
-    headings = ("predicted", "measured", *(("other text",) if fresh else ()), "own half", "other half", "kept", "same")
+    headings = ("predicted", "measured", "expected", *(("fresh",) if fresh else ()), "own", "other", "kept", "same")
     table = _narrow("layers", "experts", *headings)
     for each in found.planned:
         halves = each.halves
         numbers = [
             "-" if each.predicted is None else f"{each.predicted:.3f}",
             _share(each.sample),
+            _share(each.expected),
             *([_share(each.fresh)] if fresh else []),
             _share(halves.own if halves else None),
             _share(halves.other if halves else None),
@@ -82,8 +83,10 @@ def planned_table(found: Diagnosis) -> Group:
     title = f"{found.method}, keep {found.keep}, refine {found.refine}"
     chance = next((each.halves.by_chance for each in found.planned if each.halves and each.halves.by_chance), None)
     note = (
-        "Share of the energy of a layer's routed output that the plan does not reproduce; planned on half of the "
-        "sample, on that half and on the other; kept experts that both halves agree on"
+        "Share of the energy of a layer's routed output that is lost: by the method's account, on the sample, on new "
+        "tokens of its kind"
+        + (", on the other text" if fresh else "")
+        + "; by plans from half of the sample, on their own half and on the other; kept experts that these two agree on"
         + (f" ({chance:.0%} by chance)" if chance else "")
         + ", and experts with the same prototype or fate."
     )

@@ -136,6 +136,7 @@ def _finish(out: Path, result: conmoe.Result, json: bool) -> None:
 
     notes.protected(result.plan)
     notes.approximate(result.plan, result.applied.form)
+    notes.advice(result.warnings)
     for name in result.applied.dropped[:1]:
         say(f"Left out {len(result.applied.dropped)} tensors that the model class does not read, such as {name}.")
     if json:
