@@ -10,10 +10,13 @@ from conmoe.artifacts import Record
 
 #: Fewer tokens make an expert's score noise: the standard error of a mean over 32 tokens is 18 % of their spread.
 NOISY = 32
-#: A layer where no more than this share of the experts is so badly known is not worth a word: some always are.
+#: As long as there is little text, no more than this share of a layer's experts may be so badly known.
 FEW = 0.05
-#: Where the median expert has more tokens than this, those that have hardly any wait for another kind of text.
+#: There is text enough where the median expert has more tokens than this. Those that have hardly any even so are for
+#: other kinds of text, ...
 PLENTY = 10 * NOISY
+#: ... or for nothing: up to this share of a layer's experts may be, which routers leave unused that were trained so.
+SPARE = 0.25
 #: More tokens are worth their time where they would take off this share of a layer's error.
 EXCESS = 0.1
 #: An estimate fails where the measured error is this many times as large, ...
@@ -118,21 +121,21 @@ def advise(uses: Sequence[Use], planned: Sequence[Planned], *, fits: bool = Fals
 
 
 def _unknown(uses: Sequence[Use]) -> Iterator[Advice]:
-    found = [use for use in uses if use.never + use.few > FEW * use.experts]
+    found = [use for use in uses if use.never + use.few > (SPARE if use.median > PLENTY else FEW) * use.experts]
     if not found:
         return
     worst = max(found, key=lambda use: (use.never + use.few) / use.experts)
     silent = f", {worst.never} of them none" if worst.never else ""
-    if worst.median < PLENTY:
+    if worst.median > PLENTY:
+        remedy = "the text is long enough, but not what they are for: add other kinds of it (--data) if users bring any"
+    else:
         more = worst.tokens * _doubled(max(2.0, *(use.reach for use in found), PLENTY / max(worst.median, 1.0)))
         remedy = f"calibrate on more text (--tokens {more})"
-    else:
-        remedy = "the text is long enough, but not what they are for: add other kinds of it (--data) if users bring any"
     yield Advice(
         kind="unknown experts",
         layers=tuple(use.layer for use in found),
-        text=f"Layer {worst.layer}: {worst.never + worst.few} of {worst.experts} experts got fewer than {NOISY} tokens"
-        f"{silent}{_others(len(found), 'less')}; {remedy}.",
+        text=f"{_name(worst, len(found))}: {worst.never + worst.few} of {worst.experts} experts got fewer than {NOISY} "
+        f"tokens{silent}; {remedy}.",
     )
 
 
@@ -145,9 +148,9 @@ def _starved(planned: Sequence[Planned]) -> Iterator[Advice]:
     yield Advice(
         kind="starved fit",
         layers=_layers(found),
-        text=f"{_name(worst)}: {worst.starved} of {worst.prototypes} prototypes were fitted to fewer tokens than their "
-        f"{worst.width} hidden units{_others(len(found), 'less')}, so the plan's own weights decide where the sample "
-        f"is silent; use a larger sample (--sample {more}).",
+        text=f"{_name(worst, len(found))}: {worst.starved} of {worst.prototypes} prototypes were fitted to fewer "
+        f"tokens than their {worst.width} hidden units, so that the sample alone does not say what they should be; use "
+        f"a larger sample (--sample {more}).",
     )
 
 
@@ -163,13 +166,13 @@ def _small(planned: Sequence[Planned]) -> Iterator[Advice]:
         remedy = f"more tokens of it (--option tokens={more})"
     else:
         remedy = f"calibrating on {more} tokens"
-    alike = "" if halves.kept_alike is None else f" (the two plans agree in {halves.kept_alike:.0%} of what they keep)"
+    alike = "" if halves.kept_alike is None else f", by plans that keep the same in {halves.kept_alike:.0%}"
     yield Advice(
         kind="too few tokens",
         layers=_layers([each for each, _ in found]),
-        text=f"{_name(worst)}: planned on half of the sample, {halves.own.value:.3f} of the output is lost there and "
-        f"{halves.other.value:.3f} on the other half{alike}{_others(len(found), 'less')}; {remedy} would help, in the "
-        f"end by some {_excess(worst):.0%} of the error.",
+        text=f"{_name(worst, len(found))}: planned on half of the sample, {halves.own.value:.3f} of the output "
+        f"is lost there and {halves.other.value:.3f} on the other half{alike}; {remedy} would help, in the end by some "
+        f"{_excess(worst):.0%} of the error.",
     )
 
 
@@ -191,9 +194,9 @@ def _off(planned: Sequence[Planned]) -> Iterator[Advice]:
     yield Advice(
         kind="estimate fails",
         layers=_layers(found),
-        text=f"{_name(worst)} predicts an error of {worst.predicted:.3f}, measures {_value(worst.sample):.3f} on the "
-        f"calibration sample and expects {_value(_on_its_kind(worst)):.3f} on new tokens{_others(len(found), 'less')}; "
-        "do not share out a budget by these predictions, and compare methods by what they measure (conmoe bench).",
+        text=f"{_name(worst, len(found))} predicts an error of {worst.predicted:.3f}, measures "
+        f"{_value(worst.sample):.3f} on the sample and is expected to lose {_value(_on_its_kind(worst)):.3f} on new "
+        "tokens; share out no budget by such predictions, and compare methods by what is measured (conmoe bench).",
     )
 
 
@@ -208,9 +211,9 @@ def _other(planned: Sequence[Planned]) -> Iterator[Advice]:
     yield Advice(
         kind="other text",
         layers=_layers(found),
-        text=f"{_name(worst)} loses {_value(worst.fresh):.3f} of its output on the other text, where "
-        f"{before(worst).value:.3f} was to be expected from the calibration{_others(len(found), 'less')}; calibrate on "
-        "text like it too (--data), or keep more.",
+        text=f"{_name(worst, len(found))} loses {_value(worst.fresh):.3f} of its output on the other "
+        f"text, where {before(worst).value:.3f} was to be expected; calibrate on text like it too (--data), or keep "
+        "more.",
     )
 
 
@@ -230,9 +233,8 @@ def _lost(planned: Sequence[Planned]) -> Iterator[Advice]:
     yield Advice(
         kind="beyond repair",
         layers=_layers(found),
-        text=f"{_name(worst)} is {error(worst):.2f} times its output's energy away from the source"
-        f"{_others(len(found), 'less')}, so that no routed expert at all would be nearer; keep more there (--budget), "
-        "or leave it whole (--layers).",
+        text=f"{_name(worst, len(found))} is {error(worst):.2f} times its output's energy away from the source, so "
+        "that no routed expert at all would be nearer; keep more there (--budget), or leave it whole (--layers).",
     )
 
 
@@ -251,13 +253,10 @@ def _layers(planned: Sequence[Planned]) -> tuple[int, ...]:
     return tuple(layer for each in planned for layer in each.layers)
 
 
-def _name(each: Planned) -> str:
-    return f"Layer {each.layers[0]}" if len(each.layers) == 1 else f"Layers {each.layers[0]} to {each.layers[-1]}"
-
-
-def _others(count: int, how: str) -> str:
-    """The words for the others that the same is true of."""
-    return "" if count == 1 else f" (and {count - 1} other{'s' if count > 2 else ''} {how} so)"
+def _name(worst: Planned | Use, count: int) -> str:
+    layers = worst.layers if isinstance(worst, Planned) else (worst.layer,)
+    named = f"Layer {layers[0]}" if len(layers) == 1 else f"Layers {layers[0]} to {layers[-1]}"
+    return named if count == 1 else f"{named} (the worst of {count})"
 
 
 def _doubled(times: float) -> int:

@@ -101,13 +101,12 @@ def doctor(
 def first_look(source: Source, statistics: Path, made: Plan) -> tuple[Advice, ...]:
     """What can be said of a plan from its statistics alone: no weight is read, no expert is run."""
     layers = {layer.index: layer for layer in source.layers}
-    known = {layer: read_layer(statistics, layer) for scope in made.scopes for layer in scope.layers}
-    planned = []
+    uses, planned = [], []
     for scope in made.scopes:
-        outlines = [outline_experts(source, layers[index]) for index in scope.layers]
-        wide, experts = join_layers([known[index] for index in scope.layers], outlines)
-        planned.append(_sized(made, scope, wide, experts))
-    uses = [layer_use(index, found) for index, found in known.items()]
+        known = [read_layer(statistics, index) for index in scope.layers]
+        wide, outline = join_layers(known, [outline_experts(source, layers[index]) for index in scope.layers])
+        uses += [layer_use(index, found) for index, found in zip(scope.layers, known, strict=True)]
+        planned.append(_sized(made, scope, wide, outline))
     return advise(uses, planned, fits=fits_sample(made))
 
 
