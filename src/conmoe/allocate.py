@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from conmoe.types import UsageError
@@ -79,4 +81,41 @@ def spread(value: Sequence[Tensor], total: int, floor: Sequence[int], cap: Seque
     counts = list(floor)
     for _, scope in sorted(blocks)[: (total - sum(floor)) // step]:
         counts[scope] += step
+    return counts
+
+
+def cheapest(cost: Sequence[NDArray[np.float64]], total: int, floor: Sequence[int], step: int = 1) -> list[int]:
+    """Counts of each scope, as many in all as there may be, whose costs add up to the least there is.
+
+    Exact, by dynamic programming over scopes: with ``S`` of them, at most ``C`` counts each and ``U`` steps to share
+    out, ``S C U`` additions (100 scopes, 512 counts: seconds).
+
+    Args:
+        cost: of each scope, the cost of ``floor``, ``floor + step``, ... prototypes; not necessarily convex.
+        total: how many stay; at least what ``floor`` adds up to. What is left over of a step is not used.
+        floor: the fewest of each scope.
+        step: of the counts.
+
+    Ties go to the earlier scope.
+    """
+    units = min((total - sum(floor)) // step, sum(len(cost_c) - 1 for cost_c in cost))
+    best_U = np.zeros(1)  # the least cost of the scopes so far, by the steps that they take together
+    taken: list[NDArray[np.int32]] = []  # by the last of them, to get there
+    for cost_c in cost:
+        size = min(len(best_U) + len(cost_c) - 1, units + 1)
+        found_U, steps_U = np.full(size, np.inf), np.zeros(size, dtype=np.int32)
+        for count, value in enumerate(cost_c[:size]):
+            width = min(len(best_U), size - count)
+            candidate_U = best_U[:width] + value
+            part_U = found_U[count : count + width]
+            better = candidate_U < part_U
+            part_U[better] = candidate_U[better]
+            steps_U[count : count + width][better] = count
+        best_U = found_U
+        taken.append(steps_U)
+    counts, left = list(floor), units
+    for scope in reversed(range(len(cost))):
+        own = int(taken[scope][left])
+        counts[scope] += own * step
+        left -= own
     return counts

@@ -114,6 +114,7 @@ def plan(
             floor=least,
             cap=asked.cap,
             step=asked.groups,
+            load=scope_plans.load,
             plan_scope=scope_plans,
             assemble=partial(
                 _assemble, asked=asked, request=request, protected=protected, manifest=manifest, found=found
@@ -232,6 +233,11 @@ class _ScopePlans:
         if draft and not (part and made.plan.weights):
             self._made[position, keep] = made
         return made
+
+    def load(self, layer: MoeLayer) -> tuple[LayerStatistics, Experts]:
+        """What the calibration knows of a layer, and its weights, on the device."""
+        known = read_layer(self._statistics, layer.index)
+        return _load(read_experts(self._source, layer), known, self._request.device)
 
     def _decide(self, scope: Sequence[MoeLayer], keep: int, passage: Passage | None, refined: bool) -> LayerPlan:
         method, options, device = self._asked.method, self._asked.options, self._request.device

@@ -16,7 +16,7 @@ from conmoe.progress import Progress
 from conmoe.registry import Method
 from conmoe.request import Request
 from conmoe.source import Source
-from conmoe.types import Plan, ScopePlan
+from conmoe.types import Experts, LayerStatistics, Plan, ScopePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Context:
     ]  # the fewest it can be left with: what its router needs, and one beside its protected experts
     cap: tuple[int, ...]  # its logical experts
     step: int  # counts are multiples of it: the groups of a router whose rows are cut
+    load: Callable[[MoeLayer], tuple[LayerStatistics, Experts]]  # what is known of a layer, and its weights
     plan_scope: Callable[[int, int], ScopePlan]  # (which scope, prototypes) -> the method's plan, made only once
     assemble: Callable[[Sequence[ScopePlan]], Plan]  # plans of some scopes as one; other layers stay as they are
     work: Path | None  # a folder that outlives a killed run of the same request, for what is worth keeping
