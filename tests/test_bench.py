@@ -304,7 +304,7 @@ def test_names_stand_for_methods_with_options():
         ("reap:budget=globl", "no budget 'globl'"),
         ("reap:budget=global,budget.spread=1", "no option of global 'spread'"),
         ("reap:sequential=1", "true or false"),
-        ("reap:refine=more", "none, gains, refit"),
+        ("reap:refine=more", "none, gains, reconstruct, refit"),
     ],
 )
 def test_a_wrong_name_is_refused_before_any_work(name, said):

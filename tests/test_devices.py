@@ -13,7 +13,7 @@ from torch import Tensor
 from conmoe.ops import subsets
 from conmoe.ops.accumulate import add_at
 from conmoe.ops.experts import tensors
-from conmoe.ops.refit import Kind, refine
+from conmoe.refine import refine
 from conmoe.registry import Method, bind_options, methods
 from conmoe.types import Experts, LayerPlan, LayerStatistics, UsageError, sample_tensors
 from tests.layers import observe, random_experts
@@ -78,7 +78,7 @@ def test_every_method_plans_on_a_gpu_and_brings_the_plan_back(method: Method, op
 
 @pytest.mark.parametrize("kind", ["gains", "refit"])
 @pytest.mark.parametrize("name", ["conmoe", "reap", "mone", "m-smoe"])
-def test_plans_are_refined_on_a_gpu(name: str, kind: Kind):
+def test_plans_are_refined_on_a_gpu(name: str, kind: str):
     statistics, experts = on_gpu(0)
     with PretendedGpu():
         plan = plan_layer(methods()[name], statistics, experts, 4, (), 1, bind_options(methods()[name], {}))

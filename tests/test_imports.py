@@ -23,8 +23,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types"}),
     frozenset({"registry", "artifacts", "shards", "runtime"}),
     frozenset({"ops"}),
-    frozenset({"statistics", "methods"}),
-    frozenset({"allocate"}),
+    frozenset({"statistics", "methods", "refinements"}),
+    frozenset({"allocate", "refine"}),
     frozenset({"moe", "forms", "observe", "source", "stream", "checkpoint", "parallel"}),
     frozenset({"builtin_text", "documents", "encode", "data"}),
     frozenset({"<verbs>"}),
@@ -41,6 +41,7 @@ PURE: dict[str, tuple[str, ...]] = {
     "conmoe.ops*": TENSORS_ONLY,
     "conmoe.statistics*": TENSORS_ONLY,
     "conmoe.methods*": TENSORS_ONLY,
+    "conmoe.refinements*": TENSORS_ONLY,
     # These files travel beside the weights and are read on machines that do not have this package.
     "conmoe.runtime.modeling_*": ("torch", "transformers", "conmoe.runtime"),
 }

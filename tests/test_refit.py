@@ -14,8 +14,10 @@ from torch import Tensor
 import conmoe
 from conmoe.artifacts import read_layer
 from conmoe.ops import plans
+from conmoe.ops.answers import open_answers
 from conmoe.ops.experts import tensors
-from conmoe.ops.refit import GAIN_RIDGE, HELD_OUT, Kind, refine
+from conmoe.refine import HELD_OUT, held_out_tokens, refine
+from conmoe.refinements.refit import fit
 from conmoe.registry import get_method, methods
 from conmoe.source import open_source, read_experts
 from conmoe.trial import group
@@ -23,13 +25,17 @@ from conmoe.types import LayerPlan, TokenSample, UsageError, sample_tensors
 from tests.conftest import Checkpoint
 from tests.layers import Layer, answer, observe, prototypes, random_experts, with_rows
 
-FITTED: tuple[Kind, ...] = ("gains", "refit")
+FITTED: tuple[str, ...] = ("gains", "refit")
 MAP = torch.tensor([0, 0, 1, 1, 2, 2])
 KEPT = torch.tensor([0, 2, 4])
 
 
 def small(seed: int = 0, *, T: int = 200, bias: bool = False, unused: tuple[int, ...] = ()) -> Layer:
     return observe(random_experts(6, seed=seed, bias=bias), T=T, seed=seed, unused=unused)
+
+
+def fitted(layer: Layer, sample: TokenSample, plan: LayerPlan, ridges: tuple[float, ...]) -> LayerPlan:
+    return fit(open_answers(sample, layer.experts, plan), held_out_tokens(sample), (), ridges)
 
 
 def remapped() -> LayerPlan:
@@ -108,7 +114,7 @@ PLANS = {
 
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("name", PLANS)
-def test_the_predicted_error_is_that_of_a_loop_and_lower_than_before(kind: Kind, name: str):
+def test_the_predicted_error_is_that_of_a_loop_and_lower_than_before(kind: str, name: str):
     layer, plan = small(bias=True, T=400), PLANS[name]
     sample = layer.statistics.sample
     refined = refine(kind, sample, layer.experts, plan)
@@ -128,7 +134,7 @@ def test_the_gains_are_those_of_numpy():
     parts = [given(layer, replace(plan, gain_E=gain_E), sample, tokens).flatten().numpy() for gain_E in alone_EE]
     columns, target = np.stack(parts, axis=1), wanted(layer, sample, tokens).flatten().numpy()
     used = [0, 1, 2, 4, 5]
-    ridge = GAIN_RIDGE * (columns[:, used] ** 2).sum() / len(used)
+    ridge = 1e-3 * (columns[:, used] ** 2).sum() / len(used)
     system = np.concatenate([columns[:, used], np.sqrt(ridge) * np.eye(len(used))])
     expected, *_ = np.linalg.lstsq(system, np.concatenate([target, np.full(len(used), np.sqrt(ridge))]), rcond=None)
     refined = refine("gains", sample, layer.experts, plan)
@@ -141,7 +147,7 @@ def test_without_a_ridge_the_gradient_of_the_last_prototype_vanishes():
     """``sum over fitted tokens of r h^T`` of the prototype that was solved last: nothing linear in ``h`` is left."""
     layer = small(2)
     sample, plan = layer.statistics.sample, remapped()
-    refined = refine("refit", sample, layer.experts, plan, ridges=(0.0,))
+    refined = fitted(layer, sample, plan, (0.0,))
     made = prototypes(layer.experts, refined)
 
     def gradient(plan: LayerPlan) -> Tensor:
@@ -163,7 +169,7 @@ def test_a_ridge_minimises_fit_and_distance_from_the_plan_together():
     layer = small(3)
     sample = layer.statistics.sample
     plan = plans.remap(torch.tensor([1]), torch.zeros(6, dtype=torch.int64))
-    refined = refine("refit", sample, layer.experts, plan, ridges=(3.0, 0.5))
+    refined = fitted(layer, sample, plan, (3.0, 0.5))
     tokens = fitted_on(sample)
     target_nD = wanted(layer, sample, tokens)
     share_n = sample.weight_nk[tokens].double().sum(dim=1)
@@ -190,7 +196,7 @@ def _hidden(layer: Layer, expert: int, x_D: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", FITTED)
-def test_what_is_exact_stays_bit_for_bit(kind: Kind):
+def test_what_is_exact_stays_bit_for_bit(kind: str):
     layer = observe(with_rows(random_experts(6), [0, 0, 2, 2, 4, 4]), T=200)
     plan = remapped()
     refined = refine(kind, layer.statistics.sample, layer.experts, plan)
@@ -200,7 +206,7 @@ def test_what_is_exact_stays_bit_for_bit(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", FITTED)
-def test_frozen_prototypes_and_the_experts_they_answer_for_stay(kind: Kind):
+def test_frozen_prototypes_and_the_experts_they_answer_for_stay(kind: str):
     layer, plan = small(4), remapped()
     refined = refine(kind, layer.statistics.sample, layer.experts, plan, frozen=[1])
     if kind == "gains":
@@ -213,7 +219,7 @@ def test_frozen_prototypes_and_the_experts_they_answer_for_stay(kind: Kind):
 
 
 @pytest.mark.parametrize("kind", FITTED)
-def test_dead_experts_and_prototypes_stay_as_they_are(kind: Kind):
+def test_dead_experts_and_prototypes_stay_as_they_are(kind: str):
     layer, plan = small(5, unused=(2, 3)), remapped()
     refined = refine(kind, layer.statistics.sample, layer.experts, plan)
     assert refined.predicted_error < error(layer, plan, held_out(layer.statistics.sample))
@@ -227,7 +233,7 @@ def test_dead_experts_and_prototypes_stay_as_they_are(kind: Kind):
 
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("count", [1, 2, 8, 20, 60])
-def test_few_tokens_do_no_harm_where_they_are_held_out(kind: Kind, count: int):
+def test_few_tokens_do_no_harm_where_they_are_held_out(kind: str, count: int):
     """With fewer tokens than hidden units the fit is held back by the plan, or given up."""
     for seed in range(2):
         layer, plan = small(seed), remapped()

@@ -102,6 +102,7 @@ class PlanRecord(Record):
     budget: str = "uniform"
     budget_options: dict[str, Any] = {}
     refine: str = "none"
+    refine_options: dict[str, Any] = {}
     scopes: tuple[ScopeRecord, ...]
 
 
@@ -300,7 +301,7 @@ def _plan_tensors(plan: Plan) -> dict[str, Tensor]:
 
 def _optional(plan: LayerPlan) -> dict[str, Tensor]:
     """What only some plans have."""
-    found = {"constant": plan.constant_CD, "static": plan.static_K}
+    found = {"constant": plan.constant_CD, "static": plan.static_K, "router": plan.router_KD}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -322,7 +323,7 @@ def plan_record(plan: Plan) -> PlanRecord:
         for scope in plan.scopes
     )
     fields = {name: getattr(plan, name) for name in PlanRecord.model_fields if name not in ("format", "scopes")}
-    copied = {name: dict(fields[name]) for name in ("options", "budget_options", "protected")}
+    copied = {name: dict(fields[name]) for name in ("options", "budget_options", "refine_options", "protected")}
     return PlanRecord(**{**fields, **copied}, scopes=scopes)
 
 
@@ -376,6 +377,7 @@ def read_plan(folder: Path, *, weights: bool = True) -> Plan:
                     tensors.get(f"{i}.constant"),
                     tensors.get(f"{i}.static"),
                     scope.skip,
+                    tensors.get(f"{i}.router"),
                 ),
             )
             for i, scope in enumerate(record.scopes)

@@ -7,8 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from conmoe.calibrate import Calibration
-from conmoe.registry import Budget, Form, Method, bind_options, get_budget, get_method, methods
-from conmoe.request import Request, parse_refine
+from conmoe.refine import NONE
+from conmoe.registry import (
+    Budget,
+    Form,
+    Method,
+    Refinement,
+    bind_options,
+    get_budget,
+    get_method,
+    get_refinement,
+    methods,
+)
+from conmoe.request import Request, check_refine_options, parse_refine
 from conmoe.types import UsageError
 
 ALL = "all"
@@ -49,12 +60,17 @@ class Candidate:
             keep=keep,
             options=_seeded(get_method(self.request.method), self.request.options, seed),
             budget_options=_seeded(_budget(self.request), self.request.budget_options, seed),
+            refine_options=_refine_options(self.request, seed),
             device=options.device,
             trust_remote_code=options.trust_remote_code,
         )
 
 
-def _seeded(item: Method | Budget, options: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
+def _refine_options(request: Request, seed: int) -> dict[str, Any]:
+    return {} if request.refine == NONE else _seeded(get_refinement(request.refine), request.refine_options, seed)
+
+
+def _seeded(item: Method | Budget | Refinement, options: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
     return ({"seed": seed} if "seed" in item.options else {}) | dict(options or {})
 
 
@@ -79,16 +95,24 @@ def parse_candidate(text: str) -> Candidate:
             raise UsageError(f"--methods takes METHOD or METHOD:OPTION=VALUE,OPTION=VALUE, not {text!r}.")
         given[name] = value
     of_plan = {name: read(given.pop(name)) for name, read in OF_PLAN.items() if name in given}
-    of_budget = {name: given.pop(name) for name in list(given) if name.startswith(OF_BUDGET)}
+    of_budget = _take(given, OF_BUDGET)
+    of_refinement = _take(given, OF_REFINEMENT)
     request = Request(
         method=method,
         options=given,
-        budget_options={name.removeprefix(OF_BUDGET): value for name, value in of_budget.items()},
+        budget_options=of_budget,
+        refine_options=of_refinement,
         **of_plan,
     )
     bind_options(get_method(method), given)
     bind_options(_budget(request), request.budget_options or {})
+    check_refine_options(request)
     return Candidate(text, request)
+
+
+def _take(given: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The options whose names begin with ``prefix``, which are taken out of ``given``."""
+    return {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
 
 
 def _budget(request: Request) -> Budget:
@@ -123,3 +147,4 @@ OF_PLAN: Mapping[str, Callable[[str], Any]] = {
     "refine": parse_refine,
 }
 OF_BUDGET = "budget."
+OF_REFINEMENT = "refine."

@@ -22,11 +22,11 @@ from conmoe.moe import MoeLayer
 from conmoe.ops.experts import tensors
 from conmoe.ops.halves import answers_alike, first_half, kept_alike, part, recount
 from conmoe.ops.leftover import leftover, ratio, reached
-from conmoe.ops.refit import refine
 from conmoe.ops.subsets import join_layers
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan_layer
 from conmoe.progress import SILENT, Progress
+from conmoe.refine import refine
 from conmoe.registry import Method, get_method
 from conmoe.request import parse_refine, positions
 from conmoe.source import Source, check_compressible, open_source, outline_experts, read_experts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,6 +100,14 @@ def representatives(plan: LayerPlan) -> Tensor:
     if not bool(answers_KE.any(dim=1).all()):
         raise UsageError("A prototype answers for no expert; the plan cannot be stored sliced.")
     return plan.mixing_KE.masked_fill(~answers_KE, float("-inf")).argmax(dim=1)
+
+
+def without_map(plan: LayerPlan) -> LayerPlan:
+    """What the sliced form makes of a plan: experts other than the representatives are dropped."""
+    rows = representatives(plan)
+    assignment_E = torch.full_like(plan.assignment_E, -1)
+    assignment_E[rows] = torch.arange(rows.numel())
+    return replace(plan, assignment_E=assignment_E, constant_CD=None, skip=0.0)
 
 
 def is_approximate(plan: Plan, form: Form) -> bool:

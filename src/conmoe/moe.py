@@ -7,7 +7,7 @@ it is refused in one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from conmoe.runtime import COUNT_FIELDS
-from conmoe.types import Experts, UsageError
+from conmoe.types import Experts, Reroute, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +87,13 @@ def is_condensed_block(block: nn.Module) -> bool:
     return any(hasattr(child, "static_gate") for child in block.children())
 
 
-def rerouter(
-    router: nn.Module, arguments: Mapping[str, Tensor], top_k: int
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What a router chooses when only some experts are left, by its own code: see :attr:`conmoe.types.Experts.reroute`.
+def scores_name(router: nn.Module, E: int) -> str:
+    """Of a router's parameters, the one that has a row for each of ``E`` experts by which it scores them."""
+    return next(name for name, value in router.state_dict().items() if value.ndim == 2 and value.shape[0] == E)
+
+
+def rerouter(router: nn.Module, arguments: Mapping[str, Tensor], experts: int, top_k: int) -> Reroute:
+    """What a router chooses when only some experts are left, by its own code.
 
     The scores of the others are minus infinity, wherever they enter: as logits, and in biases of one number for each
     expert. That is what a router without their rows computes.
@@ -98,26 +101,32 @@ def rerouter(
     Args:
         router: a router with its weights, ours to change.
         arguments: tensors that the block passes to it beside the hidden states, by name.
+        experts: how many it chooses from.
         top_k: experts for each token.
     """
-    scores = next(value for value in router.state_dict().values() if value.ndim == 2 and value.shape[0] > 1)
-    E = scores.shape[0]
+    E, name_of_scores = experts, scores_name(router, experts)
+    scores = router.state_dict()[name_of_scores]
 
-    @torch.no_grad()
-    def reroute(hidden_nD: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor]:
+    def reroute(hidden_nD: Tensor, kept_K: Tensor, router_KD: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
+        device, kept_K = hidden_nD.device, kept_K.to(scores.device)
         dropped_E = torch.ones(E, dtype=torch.bool, device=scores.device)
-        dropped_E[kept_K.to(scores.device)] = False
+        dropped_E[kept_K] = False
         biases = {name: value for name, value in router.state_dict().items() if value.numel() == E}
         masked = {name: value.masked_fill(dropped_E.view(value.shape), -torch.inf) for name, value in biases.items()}
         given = {
             name: value.masked_fill(dropped_E.view(value.shape), -torch.inf) if value.numel() == E else value
             for name, value in arguments.items()
         }
-        with _Masked(dropped_E):
-            outputs = torch.func.functional_call(router, masked, (hidden_nD.to(scores.device),), given)
+        hidden_nD = hidden_nD.to(scores.device)
+        if router_KD is not None:
+            rows_KD = router_KD.to(scores.device)
+            masked[name_of_scores] = scores.to(rows_KD.dtype).index_copy(0, kept_K, rows_KD)
+            hidden_nD = hidden_nD.to(rows_KD.dtype)
+        with _Masked(dropped_E), torch.set_grad_enabled(router_KD is not None and router_KD.requires_grad):
+            outputs = torch.func.functional_call(router, masked, (hidden_nD,), given)
         index_nk = outputs[-1] if outputs[0].is_floating_point() else outputs[0]
         index_nk, weight_nk = index_nk.reshape(-1, top_k), outputs[1].reshape(-1, top_k).float()
-        return index_nk.to(hidden_nD.device), weight_nk.to(hidden_nD.device)
+        return index_nk.to(device), weight_nk.to(device)
 
     return reroute
 

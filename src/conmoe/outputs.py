@@ -11,7 +11,7 @@ from torch import Tensor
 from conmoe.checkpoint import disk_name, is_stack, renumbered
 from conmoe.folding import fold, forget_folded
 from conmoe.forms import Stored, is_condensed, own_part, stored_experts
-from conmoe.moe import MoeLayer, family_layout, logical_rows
+from conmoe.moe import MoeLayer, family_layout, logical_rows, scores_name
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.ops.factors import from_weights
 from conmoe.registry import Form
@@ -26,6 +26,7 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
     scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
     outputs: list[Output] = []
     sliced_rows = router_rows(source, plan, form)
+    fitted = fitted_rows(source, plan)
     replaced = fold(source, plan).replaced if form == "sliced" else {}
     experts = {f"{layer.experts}.": layer for layer in layers.values()}
     routerless = tuple(f"{layer.router}." for layer in layers.values() if is_condensed(scope_of.get(layer.index)))
@@ -37,6 +38,8 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
             outputs += _expert_outputs(source, owner, target, scope_of.get(owner.index), form)
         elif target.startswith(routerless):
             continue
+        elif target in fitted:
+            outputs.append(_fitted_rows(sources[0].entry, fitted[target]))
         elif target in sliced_rows:
             outputs.append(_rows(sources[0].entry, *sliced_rows[target]))
         else:
@@ -58,6 +61,18 @@ def router_rows(source: Source, plan: Plan, form: Form) -> dict[str, tuple[int, 
         if rows is not None:
             kept |= {name: (axis, rows) for name, axis in logical_rows(source.model, layer).items()}
     return kept
+
+
+def fitted_rows(source: Source, plan: Plan) -> dict[str, Tensor]:
+    """The routers' parameters whose rows the plan brings itself, and these rows."""
+    layers = {layer.index: layer for layer in source.layers}
+    found = {}
+    for scope in plan.scopes:
+        if scope.plan.router_KD is not None:
+            layer = layers[scope.layers[0]]
+            name = scores_name(source.model.get_submodule(layer.router), layer.logical)
+            found[f"{layer.router}.{name}"] = scope.plan.router_KD
+    return found
 
 
 def _expert_outputs(
@@ -164,6 +179,10 @@ def forget_prototypes() -> None:
 def _rows(entry: Held, axis: int, rows: Tensor) -> Output:
     shape = (*entry.shape[:axis], len(rows), *entry.shape[axis + 1 :])
     return tensor_output(entry.name, entry.dtype, shape, lambda: read_tensor(entry).index_select(axis, rows))
+
+
+def _fitted_rows(entry: Held, rows_KD: Tensor) -> Output:
+    return tensor_output(entry.name, entry.dtype, rows_KD.shape, lambda: rows_KD.to(torch_dtype(entry)).clone())
 
 
 def maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> dict[str, Tensor]:

@@ -34,14 +34,15 @@ from conmoe.artifacts import (
 )
 from conmoe.budgets import Context
 from conmoe.folding import check_foldable
+from conmoe.forms import without_map
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import select, tensors
 from conmoe.ops.outliers import super_experts
 from conmoe.ops.plans import embed, identity
-from conmoe.ops.refit import refine
 from conmoe.ops.subsets import join_layers, restrict
 from conmoe.progress import SILENT, Progress
-from conmoe.registry import Form, Method
+from conmoe.refine import NONE, refine
+from conmoe.registry import Form, Method, bind_options, get_refinement
 from conmoe.request import (
     Asked,
     Protected,
@@ -209,7 +210,7 @@ class _ScopePlans:
 
     def final(self, position: int, keep: int, passage: Passage | None) -> ScopePlan:
         """The plan that counts, on inputs that passed ``passage`` and refined, if either was asked for."""
-        return self(position, keep, passage, refined=self._request.refine != "none")
+        return self(position, keep, passage, refined=self._request.refine != NONE)
 
     def __call__(self, position: int, keep: int, passage: Passage | None = None, *, refined: bool = False) -> ScopePlan:
         draft = passage is None and not refined
@@ -249,8 +250,16 @@ class _ScopePlans:
         made = plan_layer(method, wide_statistics, wide_experts, keep, held, self._asked.groups, options)
         if not refined or keep == made.assignment_E.numel():
             return made
-        frozen = made.assignment_E[list(held)].tolist()
-        return refine(self._request.refine, wide_statistics.sample, wide_experts, made, frozen=frozen)
+        if self._asked.form == "sliced":  # what is fitted is what will be stored: there the map is lost
+            made = without_map(made)
+        return refine(
+            self._request.refine,
+            wide_statistics.sample,
+            wide_experts,
+            made,
+            frozen=made.assignment_E[list(held)].tolist(),
+            options=self._request.refine_options,
+        )
 
 
 def plan_layer(
@@ -350,4 +359,12 @@ def _assemble(
         budget=asked.budget.name,
         budget_options={**asked.budget_options, **found},
         refine=request.refine,
+        refine_options=_refine_options(request),
     )
+
+
+def _refine_options(request: Request) -> dict[str, Any]:
+    """Of the refinement, all that has a say in it."""
+    if request.refine == NONE:
+        return {}
+    return bind_options(get_refinement(request.refine), request.refine_options or {})

@@ -93,7 +93,22 @@ class Budget:
         return inspect.getdoc(self.function) or ""
 
 
-Item = TypeVar("Item", Method, Statistic, Budget)
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """A registered refinement. ``function(answers, held_n, frozen, **options)`` returns the plan of ``answers``, an
+    :class:`conmoe.ops.answers.Answers`, fitted to its tokens but for ``held_n``, and ``frozen`` prototypes as they
+    are."""
+
+    name: str
+    function: Callable[..., LayerPlan]
+    options: Mapping[str, Option]
+
+    @property
+    def help(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+
+Item = TypeVar("Item", Method, Statistic, Budget, Refinement)
 
 
 class _Registry(Generic[Item]):
@@ -129,10 +144,12 @@ class _Registry(Generic[Item]):
 _methods: _Registry[Method] = _Registry("method", "conmoe.methods")
 _statistics: _Registry[Statistic] = _Registry("statistic", "conmoe.statistics")
 _budgets: _Registry[Budget] = _Registry("budget", "conmoe.budgets")
+_refinements: _Registry[Refinement] = _Registry("refinement", "conmoe.refinements")
 
 methods, get_method = _methods.all, _methods.get
 statistics, get_statistic = _statistics.all, _statistics.get
 budgets, get_budget = _budgets.all, _budgets.get
+refinements, get_refinement = _refinements.all, _refinements.get
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -173,6 +190,16 @@ def budget(
     return register
 
 
+def refinement(name: str) -> Callable[[Function], Function]:
+    """Register ``(answers, held_n, frozen, *, options) -> LayerPlan``; its options are those of a method."""
+
+    def register(function: Function) -> Function:
+        _refinements.add(Refinement(name, function, _options(function)))
+        return function
+
+    return register
+
+
 def statistic(
     name: str, *, per: Literal["expert", "batch"], shape: str, reduce: Literal["sum", "max"] = "sum"
 ) -> Callable[[Function], Function]:
@@ -185,7 +212,7 @@ def statistic(
     return register
 
 
-def bind_options(item: Method | Budget, given: Mapping[str, str | Any]) -> dict[str, Any]:
+def bind_options(item: Method | Budget | Refinement, given: Mapping[str, str | Any]) -> dict[str, Any]:
     """Defaults overridden by ``given``; text from the command line is converted to each option's type.
 
     Raises:

@@ -11,8 +11,17 @@ from conmoe.allocate import parse_counts, parse_keep, uniform
 from conmoe.forms import check_groups
 from conmoe.methods import DEFAULT_METHOD
 from conmoe.moe import MoeLayer
-from conmoe.ops.refit import KINDS, Kind
-from conmoe.registry import Budget, Form, Method, bind_options, get_budget, get_method
+from conmoe.refine import NONE
+from conmoe.registry import (
+    Budget,
+    Form,
+    Method,
+    bind_options,
+    get_budget,
+    get_method,
+    get_refinement,
+    refinements,
+)
 from conmoe.types import UsageError
 
 #: Decoder layer -> experts that must stay.
@@ -39,7 +48,8 @@ class Request:
     budget: str = ""  # its name, or the prototypes of each scope, as in "12,16,16"; empty: the method's own
     budget_options: Mapping[str, Any] | None = None
     sequential: bool = False  # calibrate each layer anew, on inputs that passed the compressed layers before it
-    refine: Kind = "none"  # fit gains or down projections to the layer's own output afterwards
+    refine: str = NONE  # the refinement that fits each layer to its own output afterwards
+    refine_options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +193,14 @@ def parse_layers(text: str, layers: Sequence[MoeLayer]) -> list[MoeLayer]:
     return [layer for layer in layers if layer.index in chosen]
 
 
-def parse_refine(text: str) -> Kind:
+def parse_refine(text: str) -> str:
     """What ``--refine`` names.
 
     Raises:
         UsageError: it names nothing.
     """
-    if text not in KINDS:
-        raise UsageError(f"--refine takes {', '.join(KINDS)}, not {text!r}.")
+    if text not in (NONE, *refinements()):
+        raise UsageError(f"--refine takes {', '.join((NONE, *refinements()))}, not {text!r}.")
     return text
 
 
@@ -287,7 +297,8 @@ def _check_sliced(request: Request, budget: Budget, whole: bool) -> None:
 
 
 def _check_refine(request: Request, method: Method, drops: bool) -> None:
-    if parse_refine(request.refine) == "none":
+    check_refine_options(request)
+    if request.refine == NONE:
         return
     what = "condenses layers" if method.condenses else "stores experts as factors" if method.name in FACTORED else ""
     if what:
@@ -297,6 +308,14 @@ def _check_refine(request: Request, method: Method, drops: bool) -> None:
             f"{method.name!r} drops experts, and layers that share a pool of prototypes have no one router to ask what "
             "it would choose without them; use --scope 1 with --refine."
         )
+
+
+def check_refine_options(request: Request) -> None:
+    """Raise a UsageError unless there is such a refinement, with such options."""
+    if parse_refine(request.refine) != NONE:
+        bind_options(get_refinement(request.refine), request.refine_options or {})
+    elif request.refine_options:
+        raise UsageError("Without a refinement there are no options of it; name one by --refine.")
 
 
 def _check_router(asked: str, layer: MoeLayer, count: int) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from conmoe.checkpoint import Layout, read_layout, read_module, read_parameter
-from conmoe.moe import MoeLayer, canonical, moe_layers, rerouter
+from conmoe.moe import MoeLayer, canonical, moe_layers, rerouter, scores_name
 from conmoe.shards import DTYPES, Held, read_entries
 from conmoe.types import Experts, UsageError
 
@@ -113,20 +113,23 @@ def read_experts(source: Source, layer: MoeLayer) -> Experts:
         target = f"{layer.experts}.{name}"
         dtype = DTYPES[source.layout.sources[target][0].entry.dtype]
         values[name] = read_parameter(source.layout, source.model, target, dtype)
-    return replace(canonical(module, values), reroute=_read_rerouter(source, layer))
-
-
-def _read_rerouter(source: Source, layer: MoeLayer) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The router of one layer, from disk; it is small beside the experts."""
-    block = source.model.get_submodule(layer.block)
-    router = copy.deepcopy(source.model.get_submodule(layer.router))
+    router = copy.deepcopy(source.model.get_submodule(layer.router))  # small beside the experts
     router.load_state_dict(read_module(source.layout, source.model, f"{layer.router}.", router), assign=True)
+    return replace(
+        canonical(module, values),
+        reroute=rerouter(router, _router_arguments(source, layer, router), layer.logical, layer.top_k),
+        router_ED=router.state_dict()[scores_name(router, layer.logical)],
+    )
+
+
+def _router_arguments(source: Source, layer: MoeLayer, router: nn.Module) -> dict[str, Tensor]:
+    """What the block passes to its router beside the hidden states."""
+    block = source.model.get_submodule(layer.block)
     names = [name for name in inspect.signature(router.forward).parameters if hasattr(block, name)]
-    arguments = {
+    return {
         name: read_parameter(source.layout, source.model, f"{layer.block}.{name}", getattr(block, name).dtype)
         for name in names
     }
-    return rerouter(router, arguments, layer.top_k)
 
 
 def _meta_model(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,17 @@ class UsageError(ConmoeError):
     exit_code = 2
 
 
+class Reroute(Protocol):
+    """What a layer's own router chooses when only some of its experts are left to it."""
+
+    def __call__(self, hidden_nD: Tensor, kept_K: Tensor, router_KD: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
+        """``index_nk, weight_nk`` among the experts ``kept_K``.
+
+        Indices count all experts; -1 is a slot that went to an expert outside them. ``router_KD`` takes the place of
+        the router's rows of these experts, and then gates can be differentiated by it.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The routed experts of one MoE layer, whatever the family's own layout.
@@ -46,10 +57,8 @@ class Experts:
     gate_bias_EI: Tensor | None = None
     up_bias_EI: Tensor | None = None
     down_bias_ED: Tensor | None = None
-    #: ``(hidden_nD, kept_K) -> (index_nk, weight_nk)``: what the layer's own router chooses when, of these experts,
-    #: only ``kept_K`` are left to it; indices count these experts, -1 is a slot that went to an expert outside them.
-    #: None where there is no one router to ask.
-    reroute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    reroute: Reroute | None = None  # None where there is no one router to ask
+    router_ED: Tensor | None = None  # the rows by which the router scores them, None where there is no one router
 
     def __post_init__(self) -> None:
         E, intermediate, D = self.gate_EID.shape
@@ -137,6 +146,8 @@ class LayerPlan:
     ``predicted_error`` is the method's own estimate of the layer's relative squared output error, NaN if it has none.
     ``static_K`` condenses the layer (CD-MoE): it has no router any more, its prototypes answer every token with these
     gates; every logical expert is dropped, and there may be no prototype at all.
+    ``router_KD`` replaces the router's rows of the logical experts that are not dropped, in their order; only a plan
+    that drops some may have it, since otherwise the router stays untouched.
     ``skip`` is dynamic skipping (NAEE): a chosen expert is skipped where its gate is below ``skip`` times the highest.
     In a scope of ``W`` layers, ``E`` is ``W * E``: all logical experts of the scope, layer by layer.
     """
@@ -150,6 +161,7 @@ class LayerPlan:
     constant_CD: Tensor | None = None
     static_K: Tensor | None = None
     skip: float = 0.0
+    router_KD: Tensor | None = None
 
     def __post_init__(self) -> None:
         K, E = self.mixing_KE.shape
@@ -166,6 +178,13 @@ class LayerPlan:
             _require(highest == -1, "a condensed layer has no router that could choose an expert")
         if self.constant_CD is not None:
             _require(bool(torch.isfinite(self.constant_CD).all()), "a constant is not finite")
+        if self.router_KD is not None:
+            left = int((self.assignment_E >= 0).sum())
+            _require(left < E, "a plan that drops no expert leaves the router untouched")
+            _require(
+                self.router_KD.shape[0] == left, "one row of the router belongs to every expert that is not dropped"
+            )
+            _require(bool(torch.isfinite(self.router_KD).all()), "a row of the router is not finite")
         _require(0.0 <= self.skip < 1.0, "a layer skips experts below a share of the highest gate, from 0 up to 1")
         _require(bool(torch.isfinite(self.mixing_KE).all()), "a prototype's recipe is not finite")
         _require(bool(torch.isfinite(self.gain_E).all()), "a gain is not finite")
@@ -202,6 +221,7 @@ class Plan:
     budget: str = "uniform"  # how the prototypes were shared out over the scopes; each scope's plan has its own
     budget_options: Mapping[str, Any] = field(default_factory=dict)
     refine: str = "none"  # what was fitted to the layers' own outputs afterwards
+    refine_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         layers = [layer for scope in self.scopes for layer in scope.layers]

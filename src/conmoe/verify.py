@@ -14,7 +14,7 @@ from conmoe.checkpoint import read_module
 from conmoe.folding import Folding, fold
 from conmoe.forms import stored_experts
 from conmoe.moe import MoeLayer
-from conmoe.outputs import map_name, maps, router_rows
+from conmoe.outputs import fitted_rows, map_name, maps, router_rows
 from conmoe.preview import preview
 from conmoe.registry import Form
 from conmoe.runtime import register_family
@@ -46,7 +46,7 @@ def verify(
     made = open_source(result, trust_remote_code=trust_remote_code)
     scopes = {index: scope for scope in plan.scopes for index in scope.layers}
     layers = {layer.index: layer for layer in source.layers}
-    rows = router_rows(source, plan, form)
+    rows, fitted = router_rows(source, plan, form), fitted_rows(source, plan)
     folding = fold(source, plan) if form == "sliced" else Folding({}, {}, ())
     folded = {output.name: output for outputs in folding.replaced.values() for output in outputs}
     for target, pieces in made.layout.sources.items():
@@ -63,7 +63,9 @@ def verify(
                 advance(piece.entry.nbytes)
         elif target in source.layout.sources:
             for new, old in zip(pieces, source.layout.sources[target], strict=True):
-                if target in rows:
+                if target in fitted:
+                    _same_value(new.entry, fitted[target])
+                elif target in rows:
                     _same_rows(new.entry, old.entry, *rows[target])
                 else:
                     _same(new.entry, old.entry)
@@ -117,6 +119,12 @@ def _same(new: Held, old: Held, new_start: int = 0, old_start: int = 0, nbytes: 
 def _same_rows(new: Held, old: Held, axis: int, rows: Tensor) -> None:
     if new.dtype != old.dtype or not torch.equal(read_tensor(new), read_tensor(old).index_select(axis, rows)):
         raise ConmoeError(f"{new.name} in {new.file} differs from the source's {old.name}; the result is damaged.")
+
+
+def _same_value(new: Held, value: Tensor) -> None:
+    found = read_tensor(new)
+    if not torch.equal(found, value.to(found.dtype)):
+        raise ConmoeError(f"{new.name} in {new.file} differs from the plan; the result is damaged.")
 
 
 def _check_maps(source: Source, made: Source, layer: MoeLayer, scope: ScopePlan | None) -> None:

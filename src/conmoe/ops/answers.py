@@ -25,6 +25,7 @@ from conmoe.types import Experts, LayerPlan, TokenSample, UsageError
 class Answers:
     """A plan on the tokens of a sample: who answers, by how much, and what is missing."""
 
+    sample: TokenSample
     experts: Experts
     plan: LayerPlan
     x_nD: Tensor
@@ -43,15 +44,23 @@ def open_answers(sample: TokenSample, experts: Experts, plan: LayerPlan) -> Answ
     Raises:
         UsageError: the plan condenses the layer or stores factors, or drops experts of layers that share a pool.
     """
+    return _answers(plan, sample, experts, source_output(sample, experts))
+
+
+def revised(answers: Answers, plan: LayerPlan) -> Answers:
+    """Another plan on the same sample."""
+    return _answers(plan, answers.sample, answers.experts, answers.source_nD)
+
+
+def _answers(plan: LayerPlan, sample: TokenSample, experts: Experts, source_nD: Tensor) -> Answers:
     check_answers(experts, plan)
-    device = experts.gate_EID.device
+    device = source_nD.device
     x_nD = sample.hidden_nD.to(device)
-    source_nD = source_output(sample, experts)
     expert_nk, gate_nk = sample.index_nk.long().to(device), sample.weight_nk.float().to(device)
     kept_E = plan.assignment_E >= 0
     if not bool(kept_E.all()):
         assert experts.reroute is not None
-        expert_nk, gate_nk = experts.reroute(x_nD, kept_E.nonzero().flatten())
+        expert_nk, gate_nk = experts.reroute(x_nD, kept_E.nonzero().flatten(), *router_rows(plan, device))
         expert_nk, gate_nk = expert_nk.long(), gate_nk.float()
     if plan.skip:
         left_nk = gate_nk.masked_fill(gate_nk < plan.skip * gate_nk.amax(dim=1, keepdim=True), 0.0)
@@ -60,11 +69,16 @@ def open_answers(sample: TokenSample, experts: Experts, plan: LayerPlan) -> Answ
     silent_nk = expert_nk < 0
     gate_nk = (gate_nk * plan.gain_E.float().to(device)[expert_nk]).masked_fill(silent_nk, 0.0)
     answer_nk = plan.assignment_E.to(device)[expert_nk].masked_fill(silent_nk, -1)
-    found = Answers(experts, plan, x_nD, expert_nk, answer_nk, gate_nk, source_nD, source_nD.clone())
+    found = Answers(sample, experts, plan, x_nD, expert_nk, answer_nk, gate_nk, source_nD, source_nD.clone())
     for number in answer_nk[answer_nk >= 0].unique().tolist():
         rows, share_c = tokens_of(found, number)
         found.residual_nD.index_add_(0, rows, -share_c.unsqueeze(1) * answer(found, number, rows))
     return found
+
+
+def router_rows(plan: LayerPlan, device: torch.device) -> tuple[Tensor, ...]:
+    """The plan's own rows of the router, if it has any, as further arguments of ``reroute``."""
+    return () if plan.router_KD is None else (plan.router_KD.float().to(device),)
 
 
 def check_answers(experts: Experts, plan: LayerPlan) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from conmoe.types import EXPERT_TENSORS, Experts
+from conmoe.types import EXPERT_TENSORS, Experts, Reroute
 
 
 def expert_output(experts: Experts, expert: int, x_nD: Tensor) -> Tensor:
@@ -43,7 +43,8 @@ def select(experts: Experts, index_E: Tensor) -> Experts:
     reroute = (
         None if experts.reroute is None else partial(_reroute_part, experts.reroute, experts.gate_EID.shape[0], index_E)
     )
-    return replace(experts, **selected, reroute=reroute)
+    router_ED = None if experts.router_ED is None else rows(experts.router_ED, index_E)
+    return replace(experts, **selected, reroute=reroute, router_ED=router_ED)
 
 
 def concatenate(parts: Sequence[Experts]) -> Experts:
@@ -51,7 +52,7 @@ def concatenate(parts: Sequence[Experts]) -> Experts:
     if len(parts) == 1:
         return parts[0]
     joined: dict[str, Any] = {name: torch.cat([tensors(part)[name] for part in parts]) for name in tensors(parts[0])}
-    return replace(parts[0], **joined, reroute=None)
+    return replace(parts[0], **joined, reroute=None, router_ED=None)
 
 
 def mix(tensor_E: Tensor, mixing_KE: Tensor, *, rounded: bool = True) -> Tensor:
@@ -89,17 +90,20 @@ def rows(tensor: Tensor, index: Tensor, axis: int = 0) -> Tensor:
 
 
 def _reroute_part(
-    reroute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    reroute: Reroute,
     E: int,
     index_E: Tensor,
     hidden_nD: Tensor,
     kept_K: Tensor,
+    router_KD: Tensor | None = None,
+    /,
 ) -> tuple[Tensor, Tensor]:
     """Routing among a part of the experts of a layer: all those outside the part stay, and are -1."""
     position_E = torch.full((E + 1,), -1, dtype=torch.int64)
     position_E[index_E] = torch.arange(index_E.numel())
     outside = torch.ones(E, dtype=torch.bool)
     outside[index_E] = False
+    assert router_KD is None  # refinement looks at whole layers
     kept = torch.cat([outside.nonzero().flatten(), index_E[kept_K.cpu()]]).sort().values
     index_nk, weight_nk = reroute(hidden_nD, kept)
     return position_E.to(index_nk.device)[index_nk.long()], weight_nk

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from conmoe.ops.answers import Answers, answer, open_answers, source_output, tokens_of
+from conmoe.ops.answers import open_answers, source_output
+from conmoe.ops.experts import mix, tensors
 from conmoe.ops.factors import from_weights, reconstruct
 from conmoe.types import Experts, LayerPlan, TokenSample
 
@@ -39,8 +41,8 @@ def leftover(
         E = own.gate_EID.shape[0]
         reroute = None if own.reroute is None else partial(_shifted, own.reroute, first, E)
         shifted = replace(sample, index_nk=sample.index_nk + first)
-        found = _open(shifted, replace(wide, reroute=reroute), plan)
-        parts.append([value_nD.double().square().sum(dim=1).cpu() for value_nD in (found.residual_nD, found.source_nD)])
+        outputs = _outputs(shifted, replace(wide, reroute=reroute), plan)
+        parts.append([value_nD.double().square().sum(dim=1).cpu() for value_nD in outputs])
         first += E
     residual, source = zip(*parts, strict=True)
     return torch.cat(residual), torch.cat(source)
@@ -71,18 +73,21 @@ def reached(sample: TokenSample, plan: LayerPlan) -> Tensor:
     return member_nK[:, :K].sum(dim=0)
 
 
-def _open(sample: TokenSample, experts: Experts, plan: LayerPlan) -> Answers:
+def _outputs(sample: TokenSample, experts: Experts, plan: LayerPlan) -> tuple[Tensor, Tensor]:
+    """``residual_nD, source_nD`` of one layer."""
     if plan.static_K is None:
-        return open_answers(sample, experts, plan)
-    x_nD, source_nD = sample.hidden_nD.to(experts.gate_EID.device), source_output(sample, experts)
-    n, K = len(x_nD), plan.static_K.numel()
-    every_nK = torch.arange(K, device=x_nD.device).expand(n, K)
-    gate_nK = plan.static_K.float().to(x_nD.device).expand(n, K)
-    found = Answers(experts, plan, x_nD, every_nK, every_nK, gate_nK, source_nD, source_nD.clone())
-    for number in range(K):
-        rows, share_n = tokens_of(found, number)
-        found.residual_nD.index_add_(0, rows, -share_n.unsqueeze(1) * answer(found, number, rows))
-    return found
+        found = open_answers(sample, experts, plan)
+        return found.residual_nD, found.source_nD
+    source_nD = source_output(sample, experts)
+    n, K = sample.index_nk.shape[0], plan.static_K.numel()
+    if K == 0:
+        return source_nD, source_nD
+    made: dict[str, Any] = {
+        name: plan.weights[name].to(tensor) if name in plan.weights else mix(tensor, plan.mixing_KE)
+        for name, tensor in tensors(experts).items()
+    }
+    every = replace(sample, index_nk=torch.arange(K).expand(n, K), weight_nk=plan.static_K.float().expand(n, K))
+    return source_nD - source_output(every, replace(experts, **made)), source_nD
 
 
 def _dense(plan: LayerPlan) -> LayerPlan:
@@ -93,9 +98,15 @@ def _dense(plan: LayerPlan) -> LayerPlan:
 
 
 def _shifted(
-    reroute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], first: int, E: int, hidden_nD: Tensor, kept_M: Tensor
+    reroute: Callable[..., tuple[Tensor, Tensor]],
+    first: int,
+    E: int,
+    hidden_nD: Tensor,
+    kept_M: Tensor,
+    router_KD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The router of one layer, asked and answering in the numbers of the scope."""
-    own_K = kept_M[(kept_M >= first) & (kept_M < first + E)] - first
-    index_nk, weight_nk = reroute(hidden_nD, own_K)
+    own = (kept_M >= first) & (kept_M < first + E)
+    rows = () if router_KD is None else (router_KD[own.to(router_KD.device)],)
+    index_nk, weight_nk = reroute(hidden_nD, kept_M[own] - first, *rows)
     return torch.where(index_nk < 0, index_nk, index_nk + first), weight_nk
