@@ -26,9 +26,9 @@ from conmoe.ops.subsets import join_layers
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan_layer
 from conmoe.progress import SILENT, Progress
-from conmoe.refine import refine
+from conmoe.refine import NONE, refine
 from conmoe.registry import Method, get_method
-from conmoe.request import parse_refine, positions
+from conmoe.request import positions
 from conmoe.source import Source, check_compressible, open_source, outline_experts, read_experts
 from conmoe.types import ConmoeError, Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError, sample_tensors
 
@@ -42,6 +42,7 @@ def doctor(
     plan: Path | None = None,
     *,
     data: TokenData | None = None,
+    halves: bool = True,
     device: str = "cpu",
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
@@ -53,6 +54,7 @@ def doctor(
         statistics: the folder that :func:`conmoe.calibrate` wrote.
         plan: the folder of a plan made from them; None to look at the statistics alone.
         data: text that was not calibrated on, to measure the plan's layers on.
+        halves: also make the plan twice more, each time on half of the token sample.
         device: where to compute.
         progress: where the stages report to.
 
@@ -75,7 +77,7 @@ def doctor(
     planned: tuple[Planned, ...] = ()
     if made is not None:
         with _fresh(model, manifest, data, device, trust_remote_code, progress) as fresh:
-            patient = _Patient(source, statistics, fresh, made, device)
+            patient = _Patient(source, statistics, fresh, made, halves, device)
             total = sum(len(scope.layers) for scope in made.scopes)
             with progress.stage("doctor", total, "layers") as advance:
                 found = []
@@ -133,7 +135,7 @@ def layer_use(layer: int, statistics: LayerStatistics) -> Use:
 
 def fits_sample(made: Plan) -> bool:
     """Whether down projections of the plan were fitted to the token sample."""
-    return made.refine == "refit" or made.method in FITTED
+    return made.refine not in (NONE, "gains") or made.method in FITTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ class _Patient:
     statistics: Path
     fresh: Path | None  # statistics of the other text, whose sample is all of it
     made: Plan
+    halves: bool
     device: str
 
     def layers(self, scope: ScopePlan) -> list[MoeLayer]:
@@ -197,8 +200,9 @@ def _examine(patient: _Patient, scope: ScopePlan) -> Planned:
         fresh = _estimate(*ratio(*left(read, plan)))
     if not found.sample_tokens:
         return found.model_copy(update={"fresh": fresh, "untold": "there is no token sample"})
-    halves, untold = None, f"the sample holds {found.sample_tokens} tokens, too few to halve"
-    if found.sample_tokens >= 2 * FEWEST:
+    few = found.sample_tokens < 2 * FEWEST
+    halves, untold = None, f"the sample holds {found.sample_tokens} tokens, too few to halve" if few else ""
+    if patient.halves and not few:
         try:
             halves, untold = _halves(patient, scope, layers, known, experts, wide_experts, found.rests_on), ""
         except UsageError as error:  # a method may ask for more than half of a small sample has
@@ -269,9 +273,8 @@ def _plan_again(
     """What the method decides, as it did for ``plan``, on other statistics of the same scope."""
     options = {name: value for name, value in made.options.items() if name in method.options}
     again = plan_layer(method, statistics, experts, plan.mixing_KE.shape[0], held, groups, options)
-    return refine(
-        parse_refine(made.refine), statistics.sample, experts, again, frozen=again.assignment_E[list(held)].tolist()
-    )
+    frozen = again.assignment_E[list(held)].tolist()
+    return refine(made.refine, statistics.sample, experts, again, frozen=frozen, options=made.refine_options)
 
 
 def _groups(made: Plan, layers: Sequence[MoeLayer]) -> int:
@@ -306,7 +309,7 @@ def _sized(made: Plan, scope: ScopePlan, statistics: LayerStatistics, experts: E
 
 def _rests_on(made: Plan, sample: int, tokens: int) -> int:
     """How many tokens of a layer the plan was made from; a method with an option ``tokens`` takes so many."""
-    if made.refine != "none":
+    if made.refine != NONE:
         return sample
     if "sample" in get_method(made.method).needs:
         return min(sample, int(made.options.get("tokens", sample)))

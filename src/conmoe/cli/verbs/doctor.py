@@ -32,6 +32,9 @@ def doctor(
     tokens: Tokens = 8192,
     seq_len: SeqLen = None,
     seed: Seed = 0,
+    no_halves: Annotated[
+        bool, typer.Option("--no-halves", help="Do not make the plan again on halves of the token sample.")
+    ] = False,
     device: Device = "cpu",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if there is any warning.")] = False,
     json: Json = False,
@@ -56,6 +59,7 @@ def doctor(
         statistics,
         plan,
         data=text,
+        halves=not no_halves,
         device=read_device(device),
         trust_remote_code=trust_remote_code,
         progress=console.Bars(),
