@@ -5,6 +5,7 @@ python scripts/docs.py [--check]
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import typer
 from typer.main import get_command
 
+from conmoe import fit
 from conmoe.cli import app
 from conmoe.registry import Budget, Method, budgets, methods, statistics
 
@@ -30,6 +32,14 @@ def methods_page() -> str:
 
 def budgets_page() -> str:
     lines = ["# Budgets", "", NOTICE, "How the experts that `--keep` asks for are shared out over the layers.", ""]
+    lines += [
+        "## How many: --fit",
+        "",
+        *(inspect.getdoc(fit) or "").splitlines()[2:],
+        "",
+        "## Over which layers: --budget",
+        "",
+    ]
     lines += ["| budget | paper |", "|---|---|"]
     lines += [f"| [`{name}`](#{name}) | {item.paper} |" for name, item in budgets().items()]
     return "\n".join([*lines, *_explained(budgets())]) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,28 @@ def uniform(keep: float | int, experts: int, layers_per_scope: list[int]) -> lis
         experts_kept(keep, experts * width) if isinstance(keep, float) else experts_kept(keep, experts) * width
         for width in layers_per_scope
     ]
+
+
+#: Bytes of a unit, in lower case.
+UNITS = {"b": 1} | {
+    f"{letter}{i}b": (1024 if i else 1000) ** (power + 1) for power, letter in enumerate("kmgt") for i in ("", "i")
+}
+
+
+def parse_size(text: str, whole: int) -> int:
+    """Bytes: ``"24GB"`` and ``"20GiB"`` are sizes, ``"60%"`` is a share of ``whole``; rounded down.
+
+    Raises:
+        UsageError: not a size, or none at all.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%|[kmgt]?i?b)", text.strip(), re.IGNORECASE)
+    unit = found[2].lower() if found else ""
+    if not found or (unit != "%" and unit not in UNITS):
+        raise UsageError(f"--fit takes a size (24GB, 500MB, 20GiB) or a share of the model's own (60%), not {text!r}.")
+    size = math.floor(Fraction(found[1]) * (Fraction(whole, 100) if unit == "%" else UNITS[unit]))
+    if size == 0:
+        raise UsageError(f"--fit {text.strip()} leaves room for nothing.")
+    return size
 
 
 def parse_counts(text: str) -> tuple[int, ...]:

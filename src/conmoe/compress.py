@@ -30,10 +30,12 @@ from conmoe.data import TokenData
 from conmoe.diagnosis import Advice
 from conmoe.doctor import first_look
 from conmoe.evaluate import Fidelity, evaluate
+from conmoe.fit import fitted
 from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan
+from conmoe.progress import SILENT
 from conmoe.progress import Progress as Progress
 from conmoe.registry import Form
 from conmoe.request import Request, check_request
@@ -115,6 +117,7 @@ def compress(
     request = replace(request, form=form, device=calibration.device, trust_remote_code=trust)
     check(model, out, request, force=force)
     source = open_source(model, dtype=calibration.dtype, trust_remote_code=trust)
+    request = fitted(source, request, progress)
     depth, tokens = source.config.num_hidden_layers, data.tokens
     refuse_overlap(work, model)
     if work.resolve() == out.resolve():
@@ -187,7 +190,7 @@ def check(model: Path, out: Path, request: Request, *, force: bool = False) -> N
     """Everything that can be refused before text is read: the model, the request, the output."""
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     check_compressible(source)
-    asked = check_request(source.layers, request)
+    asked = check_request(source.layers, fitted(source, request, SILENT))
     if asked.method.condenses and asked.form == "sliced":
         check_foldable(source)
     refuse_overlap(out, model)

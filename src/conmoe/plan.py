@@ -33,6 +33,7 @@ from conmoe.artifacts import (
     write_plan,
 )
 from conmoe.budgets import Context
+from conmoe.fit import fitted
 from conmoe.folding import check_foldable
 from conmoe.forms import without_map
 from conmoe.moe import MoeLayer
@@ -85,6 +86,7 @@ def plan(
     """
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     check_compressible(source)
+    request = fitted(source, request, progress)
     manifest = read_manifest(statistics)
     name = checkpoint_fingerprint(source.folder, source.files)
     if manifest.model != name:

@@ -50,6 +50,7 @@ class Request:
     sequential: bool = False  # calibrate each layer anew, on inputs that passed the compressed layers before it
     refine: str = NONE  # the refinement that fits each layer to its own output afterwards
     refine_options: Mapping[str, Any] | None = None
+    fit: str = ""  # in place of keep: a size such as "24GB", or a share of the source's bytes such as "60%"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,11 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
     if method.condenses and (form == "expanded" or request.scope > 1):
         what = "its layers share nothing; use --scope 1" if request.scope > 1 else "use --form shared or --form sliced"
         raise UsageError(f"{method.name!r} takes the routers of whole layers away: {what}.")
+    if drops and request.scope > 1 and scopes[0][0].groups > 1:
+        raise UsageError(
+            f"{method.name!r} drops experts, and each layer's router has {scopes[0][0].groups} groups that must keep "
+            "equally many, which a pool that layers share does not see to; use --scope 1."
+        )
     if request.scope > 1 and form == "sliced":
         raise UsageError("Layers that share a pool of prototypes have no sliced form; use --form shared.")
     # where a layer is condensed, it becomes a dense one, and no router has to work with fewer experts

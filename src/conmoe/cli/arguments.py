@@ -31,7 +31,15 @@ Keep = Annotated[
     str | None,
     typer.Option(
         help="Share (0.5, 50%) or, without point or percent sign, count of experts to keep, of the layers that are "
-        "planned. Needed unless --budget lists counts."
+        "planned. Needed unless --fit is given, or --budget lists counts."
+    ),
+]
+Fit = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="In place of --keep: as many experts as fit into 24GB, 500MB, 20GiB or 60% of the source's bytes. All "
+        "tensors of the result are counted, file headers and the tokenizer are not.",
     ),
 ]
 Sequential = Annotated[

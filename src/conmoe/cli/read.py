@@ -84,9 +84,12 @@ def read_request(
     budget_option: list[str] | None = None,
     sequential: bool = False,
     refine: str = "none",
+    fit: str = "",
 ) -> Request:
-    if not keep and not parse_counts(budget):
-        raise UsageError("Missing option '--keep': how much stays, such as 0.5, or 48 experts of each layer.")
+    if not keep and not fit and not parse_counts(budget):
+        raise UsageError(
+            "Missing option '--keep': how much stays, such as 0.5, or 48 experts of each layer; or --fit 24GB."
+        )
     get_method(method)
     return Request(
         method,
@@ -102,6 +105,7 @@ def read_request(
         _read_options("--budget-option", budget_option),
         sequential,
         parse_refine(refine),
+        fit=fit,
     )
 
 

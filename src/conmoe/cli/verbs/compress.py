@@ -16,6 +16,7 @@ from conmoe.cli.arguments import (
     Data,
     Device,
     Dtype,
+    Fit,
     Force,
     FormName,
     Json,
@@ -43,6 +44,7 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder to write.")],
     keep: Keep = None,
+    fit: Fit = "",
     method: MethodName = DEFAULT_METHOD,
     option: Options = None,
     layers: Layers = "",
@@ -80,7 +82,8 @@ def compress(
 ) -> None:
     """Calibrate, plan, apply, verify and measure, in one go. A killed run is taken up where it stopped.
 
-    Example: `conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data wiki.txt`
+    Example: `conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data wiki.txt`, or with `--fit 8GB` in
+    place of `--keep` whatever fits.
     """
     from conmoe.cli import notes
     from conmoe.cli.read import read_data, read_device, read_dtype, read_request, read_specs
@@ -101,6 +104,7 @@ def compress(
         budget_option,
         sequential,
         refine,
+        fit=fit,
     )
     calibration = conmoe.Calibration(sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
     conmoe.check(folder, out, request, force=force)

@@ -14,6 +14,7 @@ from conmoe.cli.arguments import (
     BudgetName,
     BudgetOptions,
     Device,
+    Fit,
     Force,
     FormName,
     Keep,
@@ -37,6 +38,7 @@ def plan(
     statistics: Annotated[Path, typer.Argument(metavar="STATS", help="What conmoe calibrate wrote.")],
     out: Annotated[Path, typer.Argument(metavar="PLAN", help="The folder to write.")],
     keep: Keep = None,
+    fit: Fit = "",
     method: MethodName = DEFAULT_METHOD,
     option: Options = None,
     layers: Layers = "",
@@ -75,6 +77,7 @@ def plan(
         budget_option,
         sequential,
         refine,
+        fit=fit,
     )
     made = conmoe.plan(folder, statistics, out, request, force=force, progress=console.Bars())
     notes.protected(made)
