@@ -185,6 +185,7 @@ def test_what_two_plans_have_in_common_is_counted():
     assert answers_alike(left, dropping) == pytest.approx(2 / 6)  # 0 and 4
     constants = replace(dropping, assignment_E=torch.tensor([0, 1, 3, 3, 2, 3]), constant_CD=torch.zeros(1, 16))
     assert answers_alike(dropping, constants) == pytest.approx(3 / 6)
+    assert answers_alike(left, constants) == pytest.approx(2 / 6)  # 0 and 4, not 5 with its constant
     condensed = plans.condense(torch.tensor([1]), torch.ones(1), 6)
     assert answers_alike(condensed, condensed) is None
     assert kept_alike(condensed, condensed) == pytest.approx((1.0, 1 / 6))
@@ -192,13 +193,14 @@ def test_what_two_plans_have_in_common_is_counted():
     assert kept_alike(none, none) is None
 
 
-def test_tokens_that_reach_a_prototype_are_counted_once():
+@pytest.mark.parametrize("name", ["remapped", "constants", "dropped"])
+def test_tokens_that_reach_a_prototype_are_counted_once(name: str):
     layer = observe(random_experts(6), T=50)
-    plan = all_kinds(layer)["constants"]
+    plan = all_kinds(layer)[name]
     expected = [0] * plan.mixing_KE.shape[0]
     for chosen in layer.statistics.sample.index_nk.tolist():
         for prototype in {int(plan.assignment_E[expert]) for expert in chosen}:
-            if prototype < len(expected):
+            if 0 <= prototype < len(expected):
                 expected[prototype] += 1
     assert reached(layer.statistics.sample, plan).tolist() == expected
 
@@ -308,6 +310,33 @@ def test_halves_of_the_same_tokens_agree_in_everything(
         assert each.halves.gap.value == pytest.approx(0.0, abs=1e-5)
         assert each.halves.own.value == pytest.approx(each.halves.other.value, abs=1e-5)
     assert "too few tokens" not in kinds(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "request_"),
+    [
+        ("deepseek_v3", {"method": "frequency", "protect": ("1:2", "2:5")}),  # two groups keep equally many
+        ("deepseek_v3", {"method": "conmoe", "form": "sliced"}),
+        ("olmoe", {"method": "conmoe", "options": {"distance": "weight"}}),
+        ("olmoe", {"method": "reap", "refine": "gains", "refine_options": {"ridge": 0.3}}),
+        ("olmoe", {"method": "conmoe", "scope": 2}),
+        ("olmoe", {"method": "frequency", "budget": "5,3", "form": "shared"}),
+    ],
+)
+def test_halves_that_hold_all_there_is_make_the_plan_itself(
+    family: str, request_: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+):
+    folder = checkpoint(family)
+    conmoe.calibrate(folder, tmp_path / "stats", token_data(20), ALL)
+    statistics = with_twins(tmp_path / "stats", tmp_path / "twins")
+    keep = {} if "budget" in request_ else {"keep": "0.5"}
+    stay(folder, statistics, tmp_path / "plan", **request_, **keep)
+    for each in conmoe.doctor(folder, statistics, tmp_path / "plan").planned:
+        assert each.halves is not None
+        assert each.sample is not None
+        assert each.sample.value > 0.01
+        assert each.halves.own.value == pytest.approx(each.sample.value, rel=1e-4)
+        assert each.halves.other.value == pytest.approx(each.sample.value, rel=1e-4)
 
 
 def test_a_gap_of_halves_is_what_a_plan_from_one_half_loses_on_the_other(
@@ -450,6 +479,28 @@ def test_the_record_comes_back_from_json(checkpoint: Checkpoint, calibrated: Che
     assert [each.untold for each in quick.planned] == ["", ""]
     assert found.planned[0].predicted is None
     assert found.planned[0].rests_on == token_data().tokens  # sums, not the sample
+
+
+def test_a_plan_rests_on_the_tokens_it_was_made_from(checkpoint: Checkpoint, calibrated: Checkpoint, tmp_path: Path):
+    found = {}
+    for name, request in (
+        ("sums", {"method": "reap"}),
+        ("sample", {"method": "conmoe"}),
+        ("refined", {"method": "reap", "refine": "gains"}),
+        ("part", {"method": "naee", "options": {"tokens": 50}}),
+    ):
+        stay(checkpoint("olmoe"), calibrated("olmoe"), tmp_path / name, keep="0.5", **request)
+        (found[name], _) = conmoe.doctor(checkpoint("olmoe"), calibrated("olmoe"), tmp_path / name).planned
+    assert {name: each.rests_on for name, each in found.items()} == {
+        "sums": token_data().tokens,
+        "sample": 128,
+        "refined": 128,
+        "part": 50,
+    }
+    for name, tokens in (("sums", 64), ("sample", 64), ("part", 50)):
+        each = found[name]
+        assert each.halves is not None
+        assert each.halves.excess == pytest.approx(max(0.0, each.halves.gap.value) * tokens / (2 * each.rests_on))
 
 
 def test_what_does_not_belong_together_is_refused(checkpoint: Checkpoint, calibrated: Checkpoint, tmp_path: Path):
