@@ -31,6 +31,7 @@ from tests.commands import runner, tree, write_text
 from tests.conftest import Checkpoint, token_data
 from tests.families import EXPERTS, tiny_model, tiny_tokenizer
 from tests.layers import Layer, answer, observe, prototypes, random_experts
+from tests.pretended_gpu import PretendedGpu
 from tests.results import load
 
 ALL = conmoe.Calibration(sample=10_000, batch=4)
@@ -337,6 +338,20 @@ def test_halves_that_hold_all_there_is_make_the_plan_itself(
         assert each.sample.value > 0.01
         assert each.halves.own.value == pytest.approx(each.sample.value, rel=1e-4)
         assert each.halves.other.value == pytest.approx(each.sample.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["conmoe", "reap", "mone", "m-smoe", "mc-smoe", "cd-moe"])
+@pytest.mark.parametrize("scope", [1, 2])
+def test_a_gpu_finds_the_same(name: str, scope: int, checkpoint: Checkpoint, calibrated: Checkpoint, tmp_path: Path):
+    if scope == 2 and methods()[name].condenses:
+        pytest.skip("condenses each layer alone")
+    request: dict[str, Any] = {"keep": "0.75", "options": {"rank": 2} if name == "mc-smoe" else None}
+    form = "shared" if scope == 2 else None
+    stay(checkpoint("olmoe"), calibrated("olmoe"), tmp_path / "plan", method=name, scope=scope, form=form, **request)
+    here = conmoe.doctor(checkpoint("olmoe"), calibrated("olmoe"), tmp_path / "plan")
+    with PretendedGpu():
+        there = conmoe.doctor(checkpoint("olmoe"), calibrated("olmoe"), tmp_path / "plan", device="cuda:0")
+    assert there == here
 
 
 def test_a_gap_of_halves_is_what_a_plan_from_one_half_loses_on_the_other(
