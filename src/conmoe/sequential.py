@@ -3,12 +3,16 @@
 The same statistics, methods and plans in another loop. The calibration text stands before a layer; the source's own
 layer is watched on it, planned, and then the compressed layer lets the text through to the next. One layer is in memory
 at a time, and a killed run goes on at the layer that it had reached.
+
+For refinements a second passage, of the source's own hidden states, keeps pace: where the two have drifted apart, a
+layer is fitted to bring them together again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,13 +31,19 @@ from conmoe.types import LayerStatistics, Plan, ScopePlan
 class Passage:
     """The calibration text on its way through the compressed model: it stands before ``position``."""
 
-    def __init__(self, source: Source, ids_NS: Tensor, manifest: Manifest, device: str, work: Path) -> None:
+    def __init__(
+        self, source: Source, ids_NS: Tensor, manifest: Manifest, device: str, work: Path, *, drift: bool = False
+    ) -> None:
         self._source, self._ids_NS, self._device, self._work = source, ids_NS, device, work
         self._limit = manifest.sample
         N, S = ids_NS.shape
         self._priority_NS, self._bound = draw(N, S, manifest.sample, manifest.seed)
         self._place = work / "next"
         self.position = int(read_text(self._place) or 0)
+        self._own: Passage | None = None  # the source's own states
+        if drift:
+            (work / "own").mkdir(exist_ok=True)
+            self._own = Passage(source, ids_NS, manifest, device, work / "own")
 
     @property
     def length(self) -> int:
@@ -53,11 +63,17 @@ class Passage:
                 lambda index, module: watch(self._source, layer, observer),
                 start=layer.index,
                 stop=layer.index + 1,
-                store=False,
                 before_batch=before_batch,
             )
+            left = self._sampled(stream, layer.index + 1) if self._own else None
         sums = {name: value.cpu() for name, value in observer.sums.items()}
-        sample = smallest([observer.sample()], self._limit)
+        sample = observer.sample()
+        if self._own and left is not None:
+            self._own._walk(layer.index + 1)
+            with self._own._stream(self._source) as stream:
+                drift_nD = self._sampled(stream, layer.index + 1).float() - left.float()
+            sample = replace(sample, drift_nD=drift_nD if drift_nD.any() else None)
+        sample = smallest([sample], self._limit)
         return LayerStatistics(self._ids_NS.numel(), sums, sample, torch.zeros(layer.stored, dtype=torch.int64))
 
     def follow(self, scope: ScopePlan, describe: Callable[[list[ScopePlan]], Plan]) -> None:
@@ -74,6 +90,14 @@ class Passage:
             experts_implementation=IMPLEMENTATION,
         )
         self._run(made, index, index + 1)
+
+    def _sampled(self, stream: Stream, index: int) -> Tensor:
+        """The hidden states before a layer, of the tokens that belong to the sample."""
+        parts = []
+        for first, last in stream.batches():
+            states = stream.states.read(index, first, last)
+            parts.append(states.reshape(-1, states.shape[-1])[(self._priority_NS[first:last] <= self._bound).flatten()])
+        return torch.cat(parts)
 
     def _walk(self, index: int) -> None:
         """Let the text through the layers before ``index`` that nobody changes."""
@@ -93,9 +117,20 @@ class Passage:
 
 
 def open_passage(
-    source: Source, ids_NS: Tensor, manifest: Manifest, work: Path, *, device: str, trust_remote_code: bool = False
+    source: Source,
+    ids_NS: Tensor,
+    manifest: Manifest,
+    work: Path,
+    *,
+    device: str,
+    drift: bool = False,
+    trust_remote_code: bool = False,
 ) -> Passage:
-    """Prepare to plan ``source`` layer by layer on the text it was calibrated on, in the dtype of that run."""
+    """Prepare to plan ``source`` layer by layer on the text it was calibrated on, in the dtype of that run.
+
+    With ``drift`` the samples tell how far the compressed layers have led away from the source, for which each layer
+    runs once more.
+    """
     streamed = open_source(
         source.folder,
         dtype=getattr(torch, manifest.dtype),
@@ -104,4 +139,4 @@ def open_passage(
         entries=source.entries,
     )
     work.mkdir(parents=True, exist_ok=True)
-    return Passage(streamed, ids_NS, manifest, device, work)
+    return Passage(streamed, ids_NS, manifest, device, work, drift=drift)

@@ -104,10 +104,13 @@ class TokenSample:
     logits_nE: Tensor
     priority_n: Tensor
     rest_nD: Tensor | None = None  # what the layer adds beside its routed experts (shared experts), if anything
+    #: by how much the source's hidden states after this layer differ from what its own layer makes of these inputs,
+    #: which passed compressed layers: what was lost on the way; None where nothing was
+    drift_nD: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.hidden_nD.shape[0]
-        for tensor in (self.index_nk, self.weight_nk, self.logits_nE, self.priority_n, self.rest_nD):
+        for tensor in (self.index_nk, self.weight_nk, self.logits_nE, self.priority_n, self.rest_nD, self.drift_nD):
             _require(tensor is None or tensor.shape[0] == n, "the tensors of a token sample differ in length")
 
 

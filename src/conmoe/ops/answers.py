@@ -32,7 +32,7 @@ class Answers:
     expert_nk: Tensor  # logical experts, -1 where the slot is silent
     answer_nk: Tensor  # prototypes, constants from K on, -1 where the slot is silent
     gate_nk: Tensor  # float32, gains included
-    source_nD: Tensor  # float32, what the source's layer adds
+    source_nD: Tensor  # float32, what the source's layer adds, and what was lost before it, if that is known
     residual_nD: Tensor  # float32, what of that the plan does not add
 
 
@@ -44,7 +44,10 @@ def open_answers(sample: TokenSample, experts: Experts, plan: LayerPlan) -> Answ
     Raises:
         UsageError: the plan condenses the layer or stores factors, or drops experts of layers that share a pool.
     """
-    return _answers(plan, sample, experts, source_output(sample, experts))
+    source_nD = source_output(sample, experts)
+    if sample.drift_nD is not None:
+        source_nD += sample.drift_nD.float().to(source_nD.device)
+    return _answers(plan, sample, experts, source_nD)
 
 
 def revised(answers: Answers, plan: LayerPlan) -> Answers:
