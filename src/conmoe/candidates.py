@@ -125,6 +125,12 @@ def _read_scope(text: str) -> int:
     return int(text)
 
 
+def _read_sample(text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"sample takes a number of tokens, not {text!r}.")
+    return int(text)
+
+
 def _read_form(text: str) -> Form:
     if text not in ("shared", "sliced", "expanded"):
         raise UsageError(f"form takes shared, sliced or expanded, not {text!r}.")
@@ -145,6 +151,7 @@ OF_PLAN: Mapping[str, Callable[[str], Any]] = {
     "budget": str,
     "sequential": _read_sequential,
     "refine": parse_refine,
+    "sample": _read_sample,
 }
 OF_BUDGET = "budget."
 OF_REFINEMENT = "refine."

@@ -164,6 +164,7 @@ def _passage(
             manifest,
             Path(work) / _PASSAGE,
             device=request.device,
+            sample=request.sample,
             drift=request.refine != NONE,
             trust_remote_code=request.trust_remote_code,
         )

@@ -50,6 +50,7 @@ class Request:
     sequential: bool = False  # calibrate each layer anew, on inputs that passed the compressed layers before it
     refine: str = NONE  # the refinement that fits each layer to its own output afterwards
     refine_options: Mapping[str, Any] | None = None
+    sample: int = 0  # tokens of each layer that a sequential plan looks at; 0: as many as the statistics have
     fit: str = ""  # in place of keep: a size such as "24GB", or a share of the source's bytes such as "60%"
 
 
@@ -302,13 +303,17 @@ def _check_sliced(request: Request, budget: Budget, whole: bool) -> None:
         )
 
 
+def unrefinable(method: Method) -> str:
+    """Why plans of a method cannot be refined, or nothing."""
+    return "condenses layers" if method.condenses else "stores experts as factors" if method.name in FACTORED else ""
+
+
 def _check_refine(request: Request, method: Method, drops: bool) -> None:
     check_refine_options(request)
     if request.refine == NONE:
         return
-    what = "condenses layers" if method.condenses else "stores experts as factors" if method.name in FACTORED else ""
-    if what:
-        raise UsageError(f"{method.name!r} {what}, which cannot be refined; use --refine none.")
+    if unrefinable(method):
+        raise UsageError(f"{method.name!r} {unrefinable(method)}, which cannot be refined; use --refine none.")
     if drops and request.scope > 1:
         raise UsageError(
             f"{method.name!r} drops experts, and layers that share a pool of prototypes have no one router to ask what "

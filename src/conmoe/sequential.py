@@ -32,18 +32,26 @@ class Passage:
     """The calibration text on its way through the compressed model: it stands before ``position``."""
 
     def __init__(
-        self, source: Source, ids_NS: Tensor, manifest: Manifest, device: str, work: Path, *, drift: bool = False
+        self,
+        source: Source,
+        ids_NS: Tensor,
+        seed: int,
+        sample: int,
+        device: str,
+        work: Path,
+        *,
+        drift: bool = False,
     ) -> None:
         self._source, self._ids_NS, self._device, self._work = source, ids_NS, device, work
-        self._limit = manifest.sample
+        self._limit = sample
         N, S = ids_NS.shape
-        self._priority_NS, self._bound = draw(N, S, manifest.sample, manifest.seed)
+        self._priority_NS, self._bound = draw(N, S, sample, seed)
         self._place = work / "next"
         self.position = int(read_text(self._place) or 0)
         self._own: Passage | None = None  # the source's own states
         if drift:
             (work / "own").mkdir(exist_ok=True)
-            self._own = Passage(source, ids_NS, manifest, device, work / "own")
+            self._own = Passage(source, ids_NS, seed, sample, device, work / "own")
 
     @property
     def length(self) -> int:
@@ -123,13 +131,14 @@ def open_passage(
     work: Path,
     *,
     device: str,
+    sample: int = 0,
     drift: bool = False,
     trust_remote_code: bool = False,
 ) -> Passage:
     """Prepare to plan ``source`` layer by layer on the text it was calibrated on, in the dtype of that run.
 
-    With ``drift`` the samples tell how far the compressed layers have led away from the source, for which each layer
-    runs once more.
+    Each layer's sample has ``sample`` tokens, by default as many as the statistics'. With ``drift`` the samples tell
+    how far the compressed layers have led away from the source, for which each layer runs once more.
     """
     streamed = open_source(
         source.folder,
@@ -139,4 +148,5 @@ def open_passage(
         entries=source.entries,
     )
     work.mkdir(parents=True, exist_ok=True)
-    return Passage(streamed, ids_NS, manifest, device, work, drift=drift)
+    limit = sample or manifest.sample
+    return Passage(streamed, ids_NS, manifest.seed, limit, device, work, drift=drift)

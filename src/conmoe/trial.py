@@ -30,7 +30,7 @@ from conmoe.plan import plan
 from conmoe.preview import preview
 from conmoe.registry import Form, get_method
 from conmoe.request import Request
-from conmoe.results import CLOSED_FORM, UNITS, WEIGHT_PRESERVING, Measurement, Run
+from conmoe.results import CLOSED_FORM, RECONSTRUCTION, UNITS, WEIGHT_PRESERVING, Measurement, Run
 from conmoe.source import Source
 from conmoe.stream import Stream
 from conmoe.types import ConmoeError, LayerPlan, Plan
@@ -131,8 +131,10 @@ def _run(made: Plan, form: Form, seed: int, seconds: float, found: Fidelity, mea
 
 
 def group(made: Plan) -> str:
-    """What a plan stores: copies of the source's experts and a map alone, or something computed."""
-    return WEIGHT_PRESERVING if all(_copies(scope.plan) for scope in made.scopes) else CLOSED_FORM
+    """What a plan stores: copies of the source's experts and a map alone, or something solved for or fitted."""
+    if all(_copies(scope.plan) for scope in made.scopes):
+        return WEIGHT_PRESERVING
+    return RECONSTRUCTION if made.refine == "reconstruct" else CLOSED_FORM
 
 
 def _copies(layer: LayerPlan) -> bool:

@@ -54,8 +54,20 @@ Refine = Annotated[
     typer.Option(
         metavar="KIND",
         help="Afterwards fit the plan to what each layer's own experts added on the token sample: gains (a multiplier "
-        "for each expert's gate), refit (the down projections, in closed form) or none. With --sequential on inputs "
-        "from the compressed layers.",
+        "for each expert's gate), refit (the down projections, in closed form), reconstruct (all weights of the "
+        "experts that stay, by gradient) or none. With --sequential on inputs from the compressed layers.",
+    ),
+]
+RefineOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--refine-option", metavar="NAME=VALUE", help="An option of the refinement: see conmoe methods. Repeatable."
+    ),
+]
+SequentialSample = Annotated[
+    int,
+    typer.Option(
+        "--sample", metavar="N", min=0, help="With --sequential: tokens of each layer's sample; 0: as in STATS."
     ),
 ]
 Layers = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def read_request(
     budget_option: list[str] | None = None,
     sequential: bool = False,
     refine: str = "none",
+    refine_options: Mapping[str, Any] | None = None,
+    sample: int = 0,
     fit: str = "",
 ) -> Request:
     if not keep and not fit and not parse_counts(budget):
@@ -94,7 +97,7 @@ def read_request(
     return Request(
         method,
         keep or "",
-        _read_options("--option", option),
+        read_options("--option", option),
         tuple(protect or ["super"]),
         scope,
         read_form(form),
@@ -102,14 +105,16 @@ def read_request(
         trust_remote_code,
         layers,
         budget,
-        _read_options("--budget-option", budget_option),
+        read_options("--budget-option", budget_option),
         sequential,
         parse_refine(refine),
+        refine_options or {},
+        sample,
         fit=fit,
     )
 
 
-def _read_options(name: str, given: list[str] | None) -> dict[str, str]:
+def read_options(name: str, given: list[str] | None) -> dict[str, str]:
     options = {}
     for text in given or []:
         key, equals, value = text.partition("=")

@@ -26,16 +26,14 @@ from conmoe.cli.arguments import (
     Model,
     Options,
     Protect,
-    Refine,
+    RefineOptions,
     Remote,
-    Sample,
     Scope,
     Seed,
     SeqLen,
-    Sequential,
-    Tokens,
 )
 from conmoe.cli.console import say
+from conmoe.effort import DEFAULT_EFFORT, settle
 from conmoe.methods import DEFAULT_METHOD
 
 
@@ -52,13 +50,46 @@ def compress(
     budget_option: BudgetOptions = None,
     protect: Protect = None,
     scope: Scope = 1,
-    sequential: Sequential = False,
-    refine: Refine = "none",
+    effort: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="How much work it may be, where nothing else is said: quick (down projections refitted in closed "
+            "form), standard (experts reconstructed layer by layer) or best (the same, longer and on more text). "
+            "--refine none is the method as published.",
+        ),
+    ] = DEFAULT_EFFORT,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            help="Plan each layer on inputs that passed through the compressed layers before it. By default where "
+            "there is a refinement.",
+        ),
+    ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Fit the plan to what each layer's own experts added: none, gains, refit or reconstruct. By default "
+            "what --effort says.",
+        ),
+    ] = None,
+    refine_option: RefineOptions = None,
     form: FormName = None,
     data: Data = None,
-    tokens: Tokens = 32768,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many tokens of text to use. By default, --effort.")
+    ] = None,
     seq_len: SeqLen = None,
-    sample: Sample = 4096,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of each layer's sample, which distances are measured on and refinements fitted to. By "
+            "default, --effort.",
+        ),
+    ] = None,
     seed: Seed = 0,
     evaluate_data: Annotated[
         list[str] | None,
@@ -86,10 +117,20 @@ def compress(
     place of `--keep` whatever fits.
     """
     from conmoe.cli import notes
-    from conmoe.cli.read import read_data, read_device, read_dtype, read_request, read_specs
+    from conmoe.cli.read import read_data, read_device, read_dtype, read_options, read_request, read_specs
     from conmoe.compress import clear_work
 
     folder = conmoe.locate(model)
+    settings = settle(
+        effort,
+        method,
+        scope=scope,
+        tokens=tokens,
+        sample=sample,
+        sequential=sequential,
+        refine=refine,
+        refine_options=read_options("--refine-option", refine_option),
+    )
     request = read_request(
         method,
         keep,
@@ -102,14 +143,16 @@ def compress(
         layers,
         budget,
         budget_option,
-        sequential,
-        refine,
+        settings.sequential,
+        settings.refine,
+        settings.refine_options,
+        settings.sequential_sample,
         fit=fit,
     )
-    calibration = conmoe.Calibration(sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
+    calibration = conmoe.Calibration(settings.sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
     conmoe.check(folder, out, request, force=force)
     read_specs(evaluate_data)
-    text = read_data(folder, data, tokens, seq_len, seed, trust_remote_code)
+    text = read_data(folder, data, settings.tokens, seq_len, seed, trust_remote_code)
     held_out = None
     if evaluate_tokens:
         held_out = read_data(

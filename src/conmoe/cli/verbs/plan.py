@@ -24,9 +24,11 @@ from conmoe.cli.arguments import (
     Options,
     Protect,
     Refine,
+    RefineOptions,
     Remote,
     Scope,
     Sequential,
+    SequentialSample,
 )
 from conmoe.cli.console import say
 from conmoe.methods import DEFAULT_METHOD
@@ -48,6 +50,8 @@ def plan(
     scope: Scope = 1,
     sequential: Sequential = False,
     refine: Refine = "none",
+    refine_option: RefineOptions = None,
+    sample: SequentialSample = 0,
     form: FormName = None,
     device: Device = "cpu",
     force: Force = False,
@@ -58,7 +62,7 @@ def plan(
     Example: `conmoe plan allenai/OLMoE-1B-7B-0125 stats plan --method reap --keep 48`
     """
     from conmoe.cli import notes
-    from conmoe.cli.read import read_device, read_request
+    from conmoe.cli.read import read_device, read_options, read_request
     from conmoe.parallel import refuse_several
 
     folder = conmoe.locate(model)
@@ -77,6 +81,8 @@ def plan(
         budget_option,
         sequential,
         refine,
+        read_options("--refine-option", refine_option),
+        sample,
         fit=fit,
     )
     made = conmoe.plan(folder, statistics, out, request, force=force, progress=console.Bars())
