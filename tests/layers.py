@@ -82,18 +82,19 @@ def observe(experts: Experts, *, k: int = 2, T: int = 80, seed: int = 0, unused:
     x_TD = torch.randn(T, D, generator=generator)
     router_DE = torch.randn(D, E, generator=generator)
 
-    def logits_of(hidden_nD: Tensor) -> Tensor:
-        logits_nE = hidden_nD @ router_DE
+    def logits_of(hidden_nD: Tensor, rows_ED: Tensor = router_DE.T) -> Tensor:
+        logits_nE = hidden_nD @ rows_ED.T
         logits_nE[:, list(unused)] -= 1000.0
         return logits_nE
 
-    def reroute(hidden_nD: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor]:
+    def reroute(hidden_nD: Tensor, kept_K: Tensor, router_KD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         left_E = torch.zeros(E, dtype=torch.bool)
         left_E[kept_K] = True
-        weight_nk, index_nk = logits_of(hidden_nD).masked_fill(~left_E, -torch.inf).softmax(dim=-1).topk(k)
+        rows_ED = router_DE.T if router_KD is None else router_DE.T.index_copy(0, kept_K, router_KD)
+        weight_nk, index_nk = logits_of(hidden_nD, rows_ED).masked_fill(~left_E, -torch.inf).softmax(dim=-1).topk(k)
         return index_nk, weight_nk
 
-    logits_TE, experts = logits_of(x_TD), replace(experts, reroute=reroute)
+    logits_TE, experts = logits_of(x_TD), replace(experts, reroute=reroute, router_ED=router_DE.T)
     index_Tk, weight_Tk = reroute(x_TD, torch.arange(E))
     routing = Routing(index_Tk, weight_Tk, logits_TE, E)
     sample = TokenSample(x_TD, index_Tk.int(), weight_Tk, logits_TE, torch.rand(T, generator=generator))

@@ -107,7 +107,8 @@ def without_map(plan: LayerPlan) -> LayerPlan:
     rows = representatives(plan)
     assignment_E = torch.full_like(plan.assignment_E, -1)
     assignment_E[rows] = torch.arange(rows.numel())
-    return replace(plan, assignment_E=assignment_E, constant_CD=None, skip=0.0)
+    router_KD = None if plan.router_KD is None else plan.router_KD[assignment_E[plan.assignment_E >= 0] >= 0]
+    return replace(plan, assignment_E=assignment_E, constant_CD=None, skip=0.0, router_KD=router_KD)
 
 
 def is_approximate(plan: Plan, form: Form) -> bool:

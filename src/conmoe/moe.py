@@ -120,7 +120,8 @@ def rerouter(router: nn.Module, arguments: Mapping[str, Tensor], experts: int, t
         hidden_nD = hidden_nD.to(scores.device)
         if router_KD is not None:
             rows_KD = router_KD.to(scores.device)
-            masked[name_of_scores] = scores.to(rows_KD.dtype).index_copy(0, kept_K, rows_KD)
+            masked = {name: value.to(rows_KD.dtype) for name, value in (router.state_dict() | masked).items()}
+            masked[name_of_scores] = masked[name_of_scores].index_copy(0, kept_K, rows_KD)
             hidden_nD = hidden_nD.to(rows_KD.dtype)
         with _Masked(dropped_E), torch.set_grad_enabled(router_KD is not None and router_KD.requires_grad):
             outputs = torch.func.functional_call(router, masked, (hidden_nD,), given)

@@ -26,7 +26,7 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
     scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
     outputs: list[Output] = []
     sliced_rows = router_rows(source, plan, form)
-    fitted = fitted_rows(source, plan)
+    fitted = fitted_rows(source, plan, form)
     replaced = fold(source, plan).replaced if form == "sliced" else {}
     experts = {f"{layer.experts}.": layer for layer in layers.values()}
     routerless = tuple(f"{layer.router}." for layer in layers.values() if is_condensed(scope_of.get(layer.index)))
@@ -63,15 +63,17 @@ def router_rows(source: Source, plan: Plan, form: Form) -> dict[str, tuple[int, 
     return kept
 
 
-def fitted_rows(source: Source, plan: Plan) -> dict[str, Tensor]:
-    """The routers' parameters whose rows the plan brings itself, and these rows."""
-    layers = {layer.index: layer for layer in source.layers}
+def fitted_rows(source: Source, plan: Plan, form: Form) -> dict[str, Tensor]:
+    """The routers' parameters whose rows the plan brings itself, and these rows: those of the form, in its order."""
+    scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
     found = {}
-    for scope in plan.scopes:
-        if scope.plan.router_KD is not None:
-            layer = layers[scope.layers[0]]
+    for layer in source.layers:
+        scope = scope_of.get(layer.index)
+        if scope is not None and scope.plan.router_KD is not None and not is_condensed(scope):
+            rows = stored_experts(layer, scope, form).rows
+            place_E = own_part(scope, layer, (scope.plan.assignment_E >= 0).cumsum(0) - 1)
             name = scores_name(source.model.get_submodule(layer.router), layer.logical)
-            found[f"{layer.router}.{name}"] = scope.plan.router_KD
+            found[f"{layer.router}.{name}"] = scope.plan.router_KD[place_E if rows is None else place_E[rows]]
     return found
 
 

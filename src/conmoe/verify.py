@@ -46,7 +46,7 @@ def verify(
     made = open_source(result, trust_remote_code=trust_remote_code)
     scopes = {index: scope for scope in plan.scopes for index in scope.layers}
     layers = {layer.index: layer for layer in source.layers}
-    rows, fitted = router_rows(source, plan, form), fitted_rows(source, plan)
+    rows, fitted = router_rows(source, plan, form), fitted_rows(source, plan, form)
     folding = fold(source, plan) if form == "sliced" else Folding({}, {}, ())
     folded = {output.name: output for outputs in folding.replaced.values() for output in outputs}
     for target, pieces in made.layout.sources.items():

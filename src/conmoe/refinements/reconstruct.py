@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from conmoe.ops.accumulate import add_at
 from conmoe.ops.answers import Answers, answer, prototype, revised, square, tokens_of
 from conmoe.ops.experts import tensors
 from conmoe.registry import refinement
@@ -43,8 +44,8 @@ def reconstruct(
 ) -> LayerPlan:
     """All weights of the prototypes, by gradient descent on ``||y - y'||^2``, one layer at a time.
 
-    Adam on gate, up and down projections and their biases; on the gains, where a prototype answers for several
-    experts; and on the rows that are left of a router that lost some (a router that is whole stays untouched). The
+    Adam on gate, up and down projections and their biases; on the gains of experts that share a prototype; and on the
+    rows that are left of a router that lost some (a router that is whole stays untouched). The
     rate rises over a twentieth of the steps and falls to zero along a cosine. The layer is measured on the held-out
     tokens ten times on the way, its weights rounded as they will be stored, and the best of these is the result; three
     looks in a row without progress end the run, and one that makes nothing better is repeated at a fourth of the rate,
@@ -74,8 +75,9 @@ def reconstruct(
 class _Layer:
     answers: Answers
     held_n: Tensor
-    frozen: tuple[int, ...]
     first: Values  # what the plan has now, in float32
+    held: Values  # of each, the rows that stay
+    scale: float  # of the loss: the energy of an average token of the source
     target_nD: Tensor  # what the prototypes should add: the source's output less constants
     expert_nk: Tensor  # as in the answers, where the routing is not fitted
     gate_nk: Tensor  # without gains
@@ -87,28 +89,43 @@ def _open(answers: Answers, held_n: Tensor, frozen: tuple[int, ...], router: boo
     rows = [prototype(answers, number) for number in range(K)]
     first = {name: torch.cat([tensors(row)[name] for row in rows]) for name in tensors(experts)}
     gain_E = plan.gain_E.float().to(device)
-    if bool((torch.bincount(plan.assignment_E[plan.assignment_E >= 0]) > 1).any()):
-        first["gain_E"] = gain_E.clone()
+    held = dict.fromkeys(first, torch.tensor(frozen, dtype=torch.int64, device=device))
+    free_E = _free_gains(plan, frozen).to(device)
+    if bool(free_E.any()):
+        first["gain_E"], held["gain_E"] = gain_E.clone(), (~free_E).nonzero().flatten()
     left_E = plan.assignment_E >= 0
     cut = experts.router_ED is not None and not bool(left_E.all())
     if router and cut and not plan.skip and plan.constant_CD is None:
         assert experts.router_ED is not None
         rows_KD = experts.router_ED[left_E] if plan.router_KD is None else plan.router_KD
-        first["router_KD"] = rows_KD.float().to(device)
+        first["router_KD"], held["router_KD"] = rows_KD.float().to(device), held["down_EDI"][:0]
     target_nD = answers.source_nD
     if plan.constant_CD is not None:
         target_nD = target_nD.clone()
         for number in range(K, K + plan.constant_CD.shape[0]):
             tokens, share_c = tokens_of(answers, number)
             target_nD.index_add_(0, tokens, -share_c.unsqueeze(1) * answer(answers, number, tokens))
-    gate_nk = answers.gate_nk / gain_E[answers.expert_nk.clamp_min(0)] if "gain_E" in first else answers.gate_nk
-    return _Layer(answers, held_n, frozen, first, target_nD, answers.expert_nk, gate_nk)
+    gate_nk = answers.gate_nk
+    if "gain_E" in first:  # a gain of 0 leaves nothing to learn from, and stays
+        gate_nk = gate_nk / gain_E.where(gain_E != 0, 1.0)[answers.expert_nk.clamp_min(0)]
+    scale = square(answers.source_nD) / answers.source_nD.shape[0] or 1.0
+    return _Layer(answers, held_n, first, held, scale, target_nD, answers.expert_nk, gate_nk)
 
 
+def _free_gains(plan: LayerPlan, frozen: tuple[int, ...]) -> Tensor:
+    """The logical experts whose prototype answers for others too, and is not frozen."""
+    K = plan.mixing_KE.shape[0]
+    made_E = (plan.assignment_E >= 0) & (plan.assignment_E < K)
+    answer_E = plan.assignment_E.clamp(0, K - 1)
+    shared_K = torch.bincount(answer_E[made_E], minlength=K) > 1
+    shared_K[list(frozen)] = False
+    return made_E & shared_K[answer_E]
+
+
+@torch.enable_grad()
 def _run(layer: _Layer, steps: int, batch: int, rate: float, seed: int) -> tuple[LayerPlan, float]:
     """One run; the plan of lowest held-out error, and that error."""
     values = {name: value.clone().requires_grad_() for name, value in layer.first.items()}
-    held_back = torch.tensor(layer.frozen, dtype=torch.int64, device=layer.target_nD.device)
     optimizer = torch.optim.Adam(
         [{"params": [value], "lr": rate * _reach(name, value)} for name, value in values.items()], betas=(0.9, 0.95)
     )
@@ -116,16 +133,20 @@ def _run(layer: _Layer, steps: int, batch: int, rate: float, seed: int) -> tuple
     best, lowest, patience = layer.answers.plan, math.inf, PATIENCE
     looks = {round(steps * look / LOOKS) for look in range(1, LOOKS + 1)}
     for step, rows_b in zip(range(1, steps + 1), _batches(layer, batch, seed), strict=False):
-        lost = (layer.target_nD[rows_b] - _added(layer, values, rows_b)).square().sum(dim=1).mean()
+        lost = (layer.target_nD[rows_b] - _added(layer, values, rows_b)).square().sum(dim=1).mean() / layer.scale
         optimizer.zero_grad()
-        lost.backward()
+        if lost.requires_grad:  # no prototype may answer any of these tokens
+            lost.backward()
         for name, value in values.items():
-            if value.grad is not None and name != "router_KD":
-                value.grad[_frozen_rows(layer, name, held_back)] = 0.0
+            if value.grad is not None:
+                value.grad[layer.held[name]] = 0.0
         optimizer.step()
         schedule.step()
         if step in looks:
-            made = _as_stored(layer, values)
+            rounded = _rounded(layer, values)
+            if not all(bool(torch.isfinite(value).all()) for value in rounded.values()):
+                break
+            made = _with(layer, rounded)
             with torch.no_grad():
                 error = square(revised(layer.answers, made).residual_nD[layer.held_n])
             best, lowest, patience = (made, error, PATIENCE) if error < lowest else (best, lowest, patience - 1)
@@ -143,28 +164,36 @@ def _added(layer: _Layer, values: Mapping[str, Tensor], rows_b: Tensor) -> Tenso
         assert answers.experts.reroute is not None
         left = (plan.assignment_E >= 0).nonzero().flatten()
         expert_bk, gate_bk = answers.experts.reroute(x_bD, left, values["router_KD"])
-        gate_bk = gate_bk.float() * plan.gain_E.float().to(device)[expert_bk.long()]
+        expert_bk = expert_bk.long()
+        if "gain_E" not in values:
+            gate_bk = gate_bk * plan.gain_E.float().to(device)[expert_bk]
     if "gain_E" in values:
         gate_bk = gate_bk * values["gain_E"][expert_bk.clamp_min(0)]
-    answer_bk = plan.assignment_E.to(device)[expert_bk.long()].masked_fill(expert_bk < 0, -1)
+    answer_bk = plan.assignment_E.to(device)[expert_bk].masked_fill(expert_bk < 0, -1)
     K = plan.mixing_KE.shape[0]
     y_bD = torch.zeros(x_bD.shape, device=device)
     # one sort instead of a search for each prototype's tokens
     slot_s = answer_bk.flatten().argsort(stable=True)
     counts = torch.bincount(answer_bk.flatten() + 1, minlength=K + 1).tolist()
     parts = slot_s.split(counts)[1 : K + 1]
+    rows = _by_prototype(values, K)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     for number, slots in enumerate(parts):
         if slots.numel():
             tokens = slots // expert_bk.shape[1]
             with half:
-                output_cD = _output(layer, values, number, x_bD[tokens])
-            y_bD = y_bD.index_add(0, tokens, gate_bk.flatten()[slots].unsqueeze(1) * output_cD.float())
+                output_cD = _output(layer, rows[number], x_bD[tokens])
+            add_at(y_bD, 0, tokens, gate_bk.flatten()[slots].unsqueeze(1) * output_cD.float())
     return y_bD
 
 
-def _output(layer: _Layer, values: Mapping[str, Tensor], number: int, x_cD: Tensor) -> Tensor:
-    named = {name: value[number] for name, value in values.items() if name not in ("gain_E", "router_KD")}
+def _by_prototype(values: Mapping[str, Tensor], K: int) -> list[Values]:
+    """The tensors of each prototype; all are taken at once, for the gradient of taking one is a tensor of them all."""
+    taken = {name: value.unbind() for name, value in values.items() if name not in ("gain_E", "router_KD")}
+    return [{name: rows[number] for name, rows in taken.items()} for number in range(K)]
+
+
+def _output(layer: _Layer, named: Values, x_cD: Tensor) -> Tensor:
     x_cD = x_cD.float()
     gate_cI = linear(x_cD, named["gate_EID"], named.get("gate_bias_EI"))
     up_cI = linear(x_cD, named["up_EID"], named.get("up_bias_EI"))
@@ -172,25 +201,23 @@ def _output(layer: _Layer, values: Mapping[str, Tensor], number: int, x_cD: Tens
     return linear(hidden_cI, named["down_EDI"], named.get("down_bias_ED"))
 
 
-def _as_stored(layer: _Layer, values: Mapping[str, Tensor]) -> LayerPlan:
-    """The plan with these values, rounded to the dtype of the source."""
-    plan, source = layer.answers.plan, tensors(layer.answers.experts)
-    made = {name: value.detach() for name, value in values.items()}
+def _rounded(layer: _Layer, values: Mapping[str, Tensor]) -> Values:
+    """These values as they will be stored: in the dtype of the source, gains in float32."""
+    kinds = {name: value.dtype for name, value in tensors(layer.answers.experts).items()}
+    if layer.answers.experts.router_ED is not None:
+        kinds["router_KD"] = layer.answers.experts.router_ED.dtype
+    return {name: value.detach().to(kinds.get(name, value.dtype)) for name, value in values.items()}
+
+
+def _with(layer: _Layer, rounded: Mapping[str, Tensor]) -> LayerPlan:
+    plan, made = layer.answers.plan, {name: value.cpu() for name, value in rounded.items()}
     changes: dict[str, Any] = {}
     if "gain_E" in made:
-        changes["gain_E"] = made.pop("gain_E").double().cpu()
+        held = layer.held["gain_E"].cpu()
+        changes["gain_E"] = made.pop("gain_E").double().index_copy(0, held, plan.gain_E.double()[held])
     if "router_KD" in made:
-        assert layer.answers.experts.router_ED is not None
-        changes["router_KD"] = made.pop("router_KD").to(layer.answers.experts.router_ED.dtype).cpu()
-    weights = {name: value.to(source[name].dtype).cpu() for name, value in made.items()}
-    return replace(plan, weights=dict(plan.weights) | weights, **changes)
-
-
-def _frozen_rows(layer: _Layer, name: str, held_back: Tensor) -> Tensor:
-    """The rows of a value that belong to frozen prototypes."""
-    if name != "gain_E":
-        return held_back
-    return torch.isin(layer.answers.plan.assignment_E.to(held_back.device), held_back)
+        changes["router_KD"] = made.pop("router_KD")
+    return replace(plan, weights=dict(plan.weights) | made, **changes)
 
 
 def _reach(name: str, value: Tensor) -> float:
