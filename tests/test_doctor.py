@@ -556,8 +556,8 @@ def halves(own: float, other: float, excess: float, stderr: float = 0.001) -> Ha
 def planned(**fields: Any) -> Planned:
     plain: dict[str, Any] = {
         "layers": (3,), "experts": 64, "prototypes": 32, "predicted": 0.2, "sample": number(0.2),
-        "expected": number(0.22), "fresh": None, "halves": None, "width": 100, "sample_tokens": 1024, "rests_on": 1024,
-        "reached": 200.0, "starved": 0,
+        "expected": number(0.22), "fresh": None, "halves": None, "width": 100, "tokens": 4096,
+        "sample_tokens": 1024, "rests_on": 1024, "reached": 200.0, "starved": 0,
     }  # fmt: skip
     return Planned(**{**plain, **fields})
 
@@ -586,7 +586,8 @@ def test_more_tokens_are_asked_for_where_they_would_help():
     assert "a larger sample (--sample 2048)" in advice.text
     assert "18% of the error" in advice.text
     assert "--option tokens=512" in told(halves=halves(0.1, 0.26, 0.04), rests_on=256)[0].text
-    assert "calibrating on 16384 tokens" in told(halves=halves(0.1, 0.26, 0.04), rests_on=8192)[0].text
+    assert "more text (--tokens 16384)" in told(halves=halves(0.1, 0.26, 0.04), rests_on=8192)[0].text
+    assert "(--tokens 2048 --sample 2048)" in told(halves=halves(0.1, 0.26, 0.04), tokens=1024)[0].text
     assert told(halves=halves(0.1, 0.26, 0.01)) == ()  # it would hardly help
     assert told(halves=halves(0.1, 0.26, 0.04, stderr=0.1)) == ()  # may be chance
     assert told(halves=halves(0.001, 0.002, 0.001), expected=number(0.002), predicted=None) == ()  # nothing is lost

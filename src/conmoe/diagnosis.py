@@ -84,7 +84,8 @@ class Planned(Record):
     fresh: Estimate | None  # measured on other text
     halves: Halves | None
     width: int  # hidden units of an expert
-    sample_tokens: int  # for each layer
+    tokens: int  # calibrated on
+    sample_tokens: int  # of the token sample, for each layer
     rests_on: int  # tokens of each layer that the decision was made from: of the sample, or all that were calibrated on
     reached: float  # tokens of the sample that reach the median prototype
     starved: int  # prototypes that fewer tokens reach than an expert has hidden units
@@ -150,7 +151,7 @@ def _starved(planned: Sequence[Planned]) -> Iterator[Advice]:
         layers=_layers(found),
         text=f"{_name(worst, len(found))}: {worst.starved} of {worst.prototypes} prototypes were fitted to fewer "
         f"tokens than their {worst.width} hidden units, so that the sample alone does not say what they should be; use "
-        f"a larger sample (--sample {more}).",
+        f"a larger sample ({_sample(worst, more)}).",
     )
 
 
@@ -161,11 +162,11 @@ def _small(planned: Sequence[Planned]) -> Iterator[Advice]:
     worst, halves = max(found, key=lambda pair: _excess(pair[0]))
     more = 2 * worst.rests_on
     if worst.rests_on == worst.sample_tokens:
-        remedy = f"a larger sample (--sample {more})"
+        remedy = f"a larger sample ({_sample(worst, more)})"
     elif worst.rests_on < worst.sample_tokens:
         remedy = f"more tokens of it (--option tokens={more})"
     else:
-        remedy = f"calibrating on {more} tokens"
+        remedy = f"more text (--tokens {more})"
     alike = "" if halves.kept_alike is None else f", by plans that keep the same in {halves.kept_alike:.0%}"
     yield Advice(
         kind="too few tokens",
@@ -247,6 +248,11 @@ def _exceeds(found: Estimate | None, expected: float, stderr: float) -> bool:
 
 def _value(found: Estimate | None) -> float:
     return found.value if found else 0.0
+
+
+def _sample(each: Planned, tokens: int) -> str:
+    """The options of calibrate for a sample of so many tokens, for which there may have to be more text."""
+    return f"--sample {tokens}" if tokens <= each.tokens else f"--tokens {tokens} --sample {tokens}"
 
 
 def _layers(planned: Sequence[Planned]) -> tuple[int, ...]:

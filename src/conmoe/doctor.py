@@ -300,6 +300,7 @@ def _sized(made: Plan, scope: ScopePlan, statistics: LayerStatistics, experts: E
         fresh=None,
         halves=None,
         width=width,
+        tokens=statistics.tokens,
         sample_tokens=sample_tokens,
         rests_on=_rests_on(made, sample_tokens, statistics.tokens),
         reached=float(tokens_K.double().quantile(0.5)) if tokens_K.numel() else 0.0,
