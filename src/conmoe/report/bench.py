@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from conmoe.report.numbers import size, with_error
-from conmoe.results import Bench, Number, Row
+from conmoe.results import GROUPS, Bench, Number, Row
 
 #: Column -> heading, whether it is a share, whether more is better.
 COLUMNS: Mapping[str, tuple[str, bool, bool]] = {
@@ -47,9 +47,14 @@ def facts(bench: Bench) -> str:
     return "\n".join(lines)
 
 
-def table(bench: Bench, keep: str, columns: Sequence[str] = tuple(COLUMNS)) -> str:
-    """The rows of one keep: the lowest mean KL first, the best number of each column in bold, failures last."""
+def table(bench: Bench, keep: str, columns: Sequence[str] = tuple(COLUMNS), *, grouped: bool = False) -> str:
+    """The rows of one keep: the lowest mean KL first, the best number of each column in bold, failures last.
+
+    ``grouped`` puts the weight-preserving before those in closed form, and these before reconstructions.
+    """
     rows = bench.at(keep)
+    if grouped:
+        rows = tuple(sorted(rows, key=lambda row: GROUPS.index(row.group) if row.group in GROUPS else len(GROUPS)))
     best = _best(rows, columns, bench.evaluation)
     headings = [f"{COLUMNS[column][0]}, {name}" for name in bench.evaluation for column in columns]
     lines = [
@@ -76,7 +81,8 @@ def legend(bench: Bench) -> str:
     text = (
         "KL(source || result) and excess loss in nats per token, agreement of the most likely token; the lowest mean "
         f"KL over domains comes first. ± one standard error over {bench.stderr_over}. Weight-preserving: nothing is "
-        "stored but exact copies of experts and a map; closed form: weights, gains or constants were computed."
+        "stored but exact copies of experts and a map; closed form: weights, gains or constants were solved for; "
+        "reconstruction: weights were fitted to each layer's output by gradient."
     )
     if any(row.approximate for row in bench.rows):
         text += " Approximate: the form cannot hold the plan's map, and what is shown is what it holds."
