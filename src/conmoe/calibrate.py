@@ -37,6 +37,7 @@ from conmoe.artifacts import (
 from conmoe.data import TokenData
 from conmoe.moe import MoeLayer
 from conmoe.observe import IMPLEMENTATION, Observer, observed
+from conmoe.ops.subsets import thinned
 from conmoe.parallel import Ranks
 from conmoe.registry import statistics as registered_statistics
 from conmoe.source import Source, check_compressible, open_source
@@ -155,9 +156,7 @@ def add(parts: list[LayerStatistics], limit: int) -> LayerStatistics:
 def smallest(parts: list[TokenSample], limit: int) -> TokenSample:
     """The ``limit`` tokens of lowest priority of several samples, which is a sample of their union."""
     columns = [sample_tensors(part) for part in parts]
-    joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
-    order = torch.argsort(joined["priority_n"], stable=True)[:limit]
-    return TokenSample(**{name: value[order] for name, value in joined.items()})
+    return thinned(TokenSample(**{name: torch.cat([column[name] for column in columns]) for name in columns[0]}), limit)
 
 
 def _run(

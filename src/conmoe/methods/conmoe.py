@@ -13,6 +13,7 @@ from conmoe.ops import coverage, plans
 from conmoe.ops.fusion import average_own
 from conmoe.ops.scores import minmax, own_by_default, score, share_within, top
 from conmoe.ops.similarity import functional_distance, mean_output_distance, weight_distance
+from conmoe.ops.subsets import thinned
 from conmoe.registry import method
 from conmoe.types import Experts, LayerPlan, LayerStatistics, TokenSample, UsageError
 
@@ -52,6 +53,7 @@ def conmoe(
         "what becomes of the others: zero silences those to which silence is nearer; random and drop are ablations",
     ] = "nearest",
     fusion: Annotated[Literal["none", "frequency", "contribution"], "ablation: average the members"] = "none",
+    tokens: Annotated[int, "tokens of the sample that distances are measured on; 0: all of them"] = 16384,
     min_own: Annotated[int, "prototypes each layer of a scope keeps of its own; -1: as many as its router picks"] = -1,
     seed: Annotated[int, "seed of the random map"] = 0,
 ) -> LayerPlan:
@@ -74,7 +76,8 @@ def conmoe(
     owner_E = statistics.owner_E
     if keep == owner_E.numel():
         return plans.identity(keep)
-    cost_EE = DISTANCES[distance](statistics.sample, experts).cpu()
+    sample = thinned(statistics.sample, tokens) if tokens else statistics.sample
+    cost_EE = DISTANCES[distance](sample, experts).cpu()
     contribution_E = share_within(score(statistics.sums, *CONTRIBUTIONS[contribution]), owner_E)
     replaceability_E = _nearest_other(cost_EE)
     own = own_by_default(statistics, keep) if min_own < 0 else min_own

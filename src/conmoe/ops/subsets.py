@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conmoe.ops.experts import concatenate, rows
 from conmoe.registry import get_statistic
-from conmoe.types import ConmoeError, Experts, LayerStatistics, TokenSample
+from conmoe.types import ConmoeError, Experts, LayerStatistics, TokenSample, sample_tensors
 
 OUTSIDE = -1
 
@@ -35,6 +35,12 @@ def restrict(statistics: LayerStatistics, subset: Tensor) -> LayerStatistics:
         ),
         rows(statistics.owner_E, subset),
     )
+
+
+def thinned(sample: TokenSample, limit: int) -> TokenSample:
+    """The ``limit`` tokens of lowest priority, in that order: a sample of the sample."""
+    order = torch.argsort(sample.priority_n, stable=True)[:limit]
+    return TokenSample(**{name: value[order.to(value.device)] for name, value in sample_tensors(sample).items()})
 
 
 def join_layers(layers: Sequence[LayerStatistics], experts: Sequence[Experts]) -> tuple[LayerStatistics, Experts]:
