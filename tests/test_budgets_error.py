@@ -145,12 +145,13 @@ def test_what_is_measured_is_what_the_layers_of_the_result_do(weight, model, sta
             assert curves[layer][count] == pytest.approx(lost / over, rel=1e-4)
 
 
+@pytest.mark.parametrize("weight", ["absolute", "relative"])
 @pytest.mark.parametrize("method", ["reap", "conmoe"])
-def test_no_other_counts_have_a_lower_total(method, planned, tmp_path):
-    heard = Heard()
-    plan = planned(tmp_path / "plan", heard, method=method, budget_options=EVERY)
+def test_no_other_counts_have_a_lower_total(method, weight, planned, tmp_path):
+    heard, options = Heard(), {**EVERY, "weight": weight}
+    plan = planned(tmp_path / "plan", heard, method=method, budget_options=options)
     assert sum(sizes(plan)) == TOTAL
-    curves = read_curves(tmp_path / "plan")
+    curves = read_curves(tmp_path / "plan", weight)
     low = min(curves[0])
     assert low == (TOP_K if method == "reap" else 1)
     falling = []
@@ -166,7 +167,7 @@ def test_no_other_counts_have_a_lower_total(method, planned, tmp_path):
     assert total(sizes(plan)) == pytest.approx(least)
     assert heard.done["error"] == heard.total["error"] == LAYERS * (EXPERTS - low)
     assert f"{total([EXPERTS // 2] * LAYERS):.4g} with equal counts, {least:.4g} with those found" in heard.notes[0]
-    assert sizes(planned(method=method, budget_options=EVERY)) == sizes(plan)
+    assert sizes(planned(method=method, budget_options=options)) == sizes(plan)
 
 
 def test_a_layer_of_duplicates_gives_up_half_of_its_experts_first(tmp_path):
@@ -204,19 +205,34 @@ def test_protected_experts_are_kept_and_floors_hold(planned):
     assert sizes(planned(method="reap", keep="1.0")) == [EXPERTS] * LAYERS
 
 
-def test_layers_that_share_a_pool_are_measured_together(planned, tmp_path):
+def test_layers_that_share_a_pool_are_measured_together(model, statistics, planned, tmp_path):
+    """Against the layers of a written result, at the even count."""
     plan = planned(tmp_path / "plan", method="conmoe", scope=2, keep="25%")
     assert sum(sizes(plan)) == TOTAL // 2
     curves = read_curves(tmp_path / "plan")
     assert list(curves) == [0, 2]
-    assert max(curves[0]) < 2 * EXPERTS
+    assert EXPERTS // 2 in curves[0]
+    even = planned(method="conmoe", scope=2, keep="25%", budget="uniform")
+    conmoe.apply(model, even, tmp_path / "out")
+    whole, left = outputs(load(model), statistics), outputs(load(tmp_path / "out"), statistics)
+    lost = {layer: float((whole[layer] - left[layer]).square().sum(dim=1).mean()) for layer in whole}
+    for first in (0, 2):
+        assert curves[first][EXPERTS // 2] == pytest.approx(lost[first] + lost[first + 1], rel=1e-4)
 
 
-def test_groups_of_a_router_give_up_experts_together(checkpoint, calibrated):
-    request = conmoe.Request("reap", "6", budget="error")
-    plan = conmoe.plan(checkpoint("deepseek_v3"), calibrated("deepseek_v3"), None, request)
-    assert sum(sizes(plan)) == 12
+def test_groups_of_a_router_give_up_experts_together(tmp_path):
+    model = save_tiny("deepseek_v3", tmp_path / "model", n_routed_experts=16)
+    conmoe.calibrate(model, tmp_path / "statistics", token_data(6), conmoe.Calibration(sample=64))
+    request = conmoe.Request("reap", "8", budget="error")
+    plan = conmoe.plan(model, tmp_path / "statistics", tmp_path / "plan", request)
+    assert sum(sizes(plan)) == 16
     assert all(size % 2 == 0 for size in sizes(plan))
+    curves = read_curves(tmp_path / "plan")
+    assert all(set(own) == {4, 6, 8, 10, 12, 14} for own in curves.values())
+    first, second = ({**own, 16: 0.0} for own in curves.values())
+    assert first[sizes(plan)[0]] + second[sizes(plan)[1]] == min(
+        first[own] + second[16 - own] for own in (4, 6, 8, 10, 12)
+    )
 
 
 @pytest.mark.parametrize("method", ["mone", "mc-smoe", "mergemoe", "naee", "cd-moe"])
@@ -267,6 +283,7 @@ def test_one_point_is_no_curve(planned):
 
 def test_a_result_is_written_and_measured(model, tmp_path, capsys):
     words = ["--method", "reap", "--budget", "error", "--budget-option", "points=4", "--keep", "0.6", "--json"]
+    words += ["--refine", "none"]
     small = ["--data", write_text(tmp_path), "--tokens", "256", "--seq-len", "32", "--eval-tokens", "128"]
     done = runner(capsys)("compress", model, tmp_path / "out", *words, *small)
     assert done.code == 0, done.err
