@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from conmoe import fit
 from conmoe.cli import app
-from conmoe.registry import Budget, Method, budgets, methods, statistics
+from conmoe.registry import Budget, Method, Refinement, budgets, methods, refinements, statistics
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTICE = "<!-- written by scripts/docs.py; edit the docstrings, then run make docs -->\n"
@@ -27,7 +27,9 @@ def methods_page() -> str:
         f"| [`{name}`](#{name}) | {item.paper} | {item.form} | {item.budget} | {', '.join(item.needs) or 'nothing'} |"
         for name, item in methods().items()
     ]
-    return "\n".join([*lines, *_explained(methods())]) + "\n"
+    lines += _explained(methods())
+    lines += ["", "# Refinements", "", "What `--refine` fits to each layer's own output once its plan is made."]
+    return "\n".join([*lines, *_explained(refinements())]) + "\n"
 
 
 def budgets_page() -> str:
@@ -45,7 +47,7 @@ def budgets_page() -> str:
     return "\n".join([*lines, *_explained(budgets())]) + "\n"
 
 
-def _explained(items: Mapping[str, Method] | Mapping[str, Budget]) -> list[str]:
+def _explained(items: Mapping[str, Method] | Mapping[str, Budget] | Mapping[str, Refinement]) -> list[str]:
     """What each says of itself, and its options."""
     lines = []
     for name, item in items.items():

@@ -3,6 +3,7 @@
 # A package that is imported later would take the place of a function of its name.
 import conmoe.budgets
 import conmoe.methods
+import conmoe.refinements
 import conmoe.statistics  # noqa: F401
 from conmoe import __version__
 from conmoe.apply import Applied, apply
@@ -16,12 +17,13 @@ from conmoe.demo import PROMPT as DEMO_PROMPT
 from conmoe.demo import Demo, demo
 from conmoe.diagnosis import Diagnosis
 from conmoe.doctor import doctor
+from conmoe.effort import EFFORTS, Effort, settle
 from conmoe.evaluate import Fidelity, Measured, evaluate
 from conmoe.generate import generate
 from conmoe.inspect import Inspection, inspect
 from conmoe.locate import locate
 from conmoe.plan import plan
-from conmoe.registry import budgets, methods, statistics
+from conmoe.registry import budgets, methods, refinements, statistics
 from conmoe.request import Request
 from conmoe.results import Bench, load_bench
 from conmoe.runtime import register as _register
@@ -33,6 +35,7 @@ _register()
 
 __all__ = [
     "DEMO_PROMPT",
+    "EFFORTS",
     "Applied",
     "Bench",
     "Calibration",
@@ -41,6 +44,7 @@ __all__ = [
     "DataSpec",
     "Demo",
     "Diagnosis",
+    "Effort",
     "Fidelity",
     "Inspection",
     "Measured",
@@ -74,6 +78,8 @@ __all__ = [
     "plan",
     "read_manifest",
     "read_plan",
+    "refinements",
+    "settle",
     "statistics",
     "tune",
     "verify",

@@ -61,7 +61,7 @@ Refine = Annotated[
 RefineOptions = Annotated[
     list[str] | None,
     typer.Option(
-        "--refine-option", metavar="NAME=VALUE", help="An option of the refinement: see conmoe methods. Repeatable."
+        "--refine-option", metavar="NAME=VALUE", help="An option of the refinement: see conmoe refinements. Repeatable."
     ),
 ]
 SequentialSample = Annotated[

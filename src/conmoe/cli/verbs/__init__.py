@@ -7,6 +7,7 @@ FILES = (
     "inspect",
     "methods",
     "budgets",
+    "refinements",
     "calibrate",
     "plan",
     "doctor",

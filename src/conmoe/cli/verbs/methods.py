@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import conmoe
 from conmoe.cli import console
 from conmoe.cli.app import verb
 from conmoe.cli.arguments import Json
-
-if TYPE_CHECKING:
-    from conmoe.registry import Method
+from conmoe.cli.listing import record, show
 
 
 @verb("methods")
@@ -20,20 +16,12 @@ def list_methods(json: Json = False) -> None:
     Example: `conmoe methods --json`
     """
     if json:
-        console.emit({name: _record(item) for name, item in conmoe.methods().items()})
+        console.emit(
+            {
+                name: record(item, paper=item.paper, needs=item.needs, form=item.form)
+                for name, item in conmoe.methods().items()
+            }
+        )
         return
-    for name, item in conmoe.methods().items():
-        console.stdout.print(name, style="bold")
-        console.stdout.print(f"  {item.paper}; {item.form} form; needs {', '.join(item.needs) or 'nothing'}")
-        console.stdout.print(f"  {item.help.splitlines()[0]}")
-        for option in item.options.values():
-            choices = f" one of {', '.join(map(str, option.choices))};" if option.choices else ""
-            console.stdout.print(f"  --option {option.name}={option.default}:{choices} {option.help}")
-
-
-def _record(item: Method) -> dict[str, Any]:
-    options = {
-        option.name: {"default": option.default, "choices": list(option.choices), "help": option.help}
-        for option in item.options.values()
-    }
-    return {"paper": item.paper, "needs": item.needs, "form": item.form, "help": item.help, "options": options}
+    for item in conmoe.methods().values():
+        show(item, [f"{item.paper}; {item.form} form; needs {', '.join(item.needs) or 'nothing'}"], "--option")
