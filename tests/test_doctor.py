@@ -503,6 +503,9 @@ def test_a_plan_rests_on_the_tokens_it_was_made_from(checkpoint: Checkpoint, cal
         ("sample", {"method": "conmoe"}),
         ("refined", {"method": "reap", "refine": "gains"}),
         ("part", {"method": "naee", "options": {"tokens": 50}}),
+        ("all", {"method": "conmoe", "options": {"tokens": 0}}),
+        ("on the way", {"method": "reap", "refine": "gains", "sequential": True, "sample": 200}),
+        ("as many", {"method": "reap", "refine": "gains", "sequential": True}),
     ):
         stay(checkpoint("olmoe"), calibrated("olmoe"), tmp_path / name, keep="0.5", **request)
         (found[name], _) = conmoe.doctor(checkpoint("olmoe"), calibrated("olmoe"), tmp_path / name).planned
@@ -511,7 +514,13 @@ def test_a_plan_rests_on_the_tokens_it_was_made_from(checkpoint: Checkpoint, cal
         "sample": 128,
         "refined": 128,
         "part": 50,
+        "all": 128,
+        "on the way": 200,
+        "as many": 128,
     }
+    sequential = {name for name, each in found.items() if each.sequential}
+    assert sequential == {"on the way", "as many"}
+    assert found["on the way"].reached == pytest.approx(found["as many"].reached * 200 / 128)
     for name, tokens in (("sums", 64), ("sample", 64), ("part", 50)):
         each = found[name]
         assert each.halves is not None
@@ -555,7 +564,7 @@ def halves(own: float, other: float, excess: float, stderr: float = 0.001) -> Ha
 
 def planned(**fields: Any) -> Planned:
     plain: dict[str, Any] = {
-        "layers": (3,), "experts": 64, "prototypes": 32, "predicted": 0.2, "sample": number(0.2),
+        "layers": (3,), "experts": 64, "prototypes": 32, "sequential": False, "predicted": 0.2, "sample": number(0.2),
         "expected": number(0.22), "fresh": None, "halves": None, "width": 100, "tokens": 4096,
         "sample_tokens": 1024, "rests_on": 1024, "reached": 200.0, "starved": 0,
     }  # fmt: skip
@@ -599,6 +608,7 @@ def test_predictions_are_held_to_what_is_expected():
     assert "Layer 3 predicts an error of 0.040, measures 0.300 on the sample" in advice.text
     assert "expected to lose 0.310 on new tokens" in advice.text
     assert advise([], [planned(predicted=None, sample=number(0.9))]) == ()
+    assert advise([], [planned(predicted=0.04, sequential=True)]) == ()  # made for other inputs
     assert advise([], [planned(predicted=0.4)]) == ()  # too careful is no fault
     assert advise([], [planned(predicted=0.001, expected=number(0.01))]) == ()
     assert advise([], [planned(predicted=0.1, expected=number(0.22, stderr=0.2))]) == ()

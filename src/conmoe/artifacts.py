@@ -103,6 +103,7 @@ class PlanRecord(Record):
     budget_options: dict[str, Any] = {}
     refine: str = "none"
     refine_options: dict[str, Any] = {}
+    sequential: int = 0
     scopes: tuple[ScopeRecord, ...]
 
 

@@ -78,6 +78,7 @@ class Planned(Record):
     layers: tuple[int, ...]
     experts: int
     prototypes: int
+    sequential: bool  # planned behind the compressed layers before it; measured all the same on the source's inputs
     predicted: float | None  # by the method; None if it says nothing
     sample: Estimate | None  # measured on the token sample
     expected: Estimate | None  # on new tokens of the same kind: sample + 2 halves.excess
@@ -187,7 +188,9 @@ def _excess(each: Planned) -> float:
 
 def _off(planned: Sequence[Planned]) -> Iterator[Advice]:
     found = [
-        each for each in planned if each.predicted is not None and _exceeds(_on_its_kind(each), each.predicted, 0.0)
+        each
+        for each in planned
+        if each.predicted is not None and not each.sequential and _exceeds(_on_its_kind(each), each.predicted, 0.0)
     ]
     if not found:
         return

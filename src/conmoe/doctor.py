@@ -287,13 +287,16 @@ def _groups(made: Plan, layers: Sequence[MoeLayer]) -> int:
 def _sized(made: Plan, scope: ScopePlan, statistics: LayerStatistics, experts: Experts) -> Planned:
     """What counts alone tell of the plan of a scope."""
     plan, width = scope.plan, experts.gate_EID.shape[1]
-    tokens_K = reached(statistics.sample, plan)
+    tokens_K = reached(statistics.sample, plan).double()
     whole = plan.mixing_KE.shape[0] == plan.assignment_E.numel()
     predicted, sample_tokens = plan.predicted_error, statistics.sample.hidden_nD.shape[0] // len(scope.layers)
+    if made.sequential and sample_tokens:  # it saw more tokens, or fewer, on the way
+        tokens_K *= made.sequential / sample_tokens
     return Planned(
         layers=scope.layers,
         experts=plan.assignment_E.numel(),
         prototypes=plan.mixing_KE.shape[0],
+        sequential=made.sequential > 0,
         predicted=predicted if math.isfinite(predicted) else None,
         sample=None,
         expected=None,
@@ -303,17 +306,18 @@ def _sized(made: Plan, scope: ScopePlan, statistics: LayerStatistics, experts: E
         tokens=statistics.tokens,
         sample_tokens=sample_tokens,
         rests_on=_rests_on(made, sample_tokens, statistics.tokens),
-        reached=float(tokens_K.double().quantile(0.5)) if tokens_K.numel() else 0.0,
+        reached=float(tokens_K.quantile(0.5)) if tokens_K.numel() else 0.0,
         starved=0 if whole else int((tokens_K < width).sum()),
     )
 
 
 def _rests_on(made: Plan, sample: int, tokens: int) -> int:
-    """How many tokens of a layer the plan was made from; a method with an option ``tokens`` takes so many."""
+    """How many tokens of a layer the plan was made from; a method with an option ``tokens`` takes so many (0: all)."""
     if made.refine != NONE:
-        return sample
+        return made.sequential or sample
     if "sample" in get_method(made.method).needs:
-        return min(sample, int(made.options.get("tokens", sample)))
+        own = made.sequential or sample
+        return min(own, int(made.options.get("tokens", 0)) or own)
     return tokens
 
 

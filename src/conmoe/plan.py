@@ -364,6 +364,7 @@ def _assemble(
         budget_options={**asked.budget_options, **found},
         refine=request.refine,
         refine_options=_refine_options(request),
+        sequential=(request.sample or manifest.sample) if request.sequential else 0,
     )
 
 

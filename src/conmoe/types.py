@@ -225,6 +225,9 @@ class Plan:
     budget_options: Mapping[str, Any] = field(default_factory=dict)
     refine: str = "none"  # what was fitted to the layers' own outputs afterwards
     refine_options: Mapping[str, Any] = field(default_factory=dict)
+    sequential: int = (
+        0  # tokens of each layer's sample behind the compressed layers before it; 0: the source's own inputs
+    )
 
     def __post_init__(self) -> None:
         layers = [layer for scope in self.scopes for layer in scope.layers]

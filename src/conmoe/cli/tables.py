@@ -90,6 +90,8 @@ def planned_table(found: Diagnosis) -> Group:
         + (f" ({chance:.0%} by chance)" if chance else "")
         + ", and experts with the same prototype or fate."
     )
+    if any(each.sequential for each in found.planned):
+        note += " The plan was made behind the compressed layers before each; here each has the source's own inputs."
     missing = [Text(f"Layer {each.layers[0]}: {each.untold}.", style="dim") for each in found.planned if each.untold]
     return Group(Text(title, style="italic"), table, Text(note, style="dim"), *missing)
 
