@@ -57,8 +57,8 @@ def error(
     ``weight="absolute"`` is the mean of ``||y - y'||^2`` over tokens: every layer adds its output to the same stream,
     where what is missing stays missing. ``"relative"`` divides by the mean of ``||y||^2``; counts came out worse by it.
     The layers are looked at one by one, on inputs that passed through the source: errors that add up or cancel on the
-    way are not seen, nor is what ``--refine`` or ``--sequential`` make of a plan, and a method that fits weights to the
-    sample looks better than it is.
+    way are not seen, and a method that fits weights to the sample looks better than it is. Curves are those of the plan
+    before ``--refine`` and ``--sequential``; where a refinement repairs nearly everything, they tell little.
 
     Cost: ``points`` plans of each layer; for each, the sample passes through the layer's experts twice (``12 n k D I``
     multiplications) and its weights are read. New weights, if the method makes any, take disk for every point (memory,
