@@ -596,6 +596,8 @@ def test_more_tokens_are_asked_for_where_they_would_help():
     assert "18% of the error" in advice.text
     assert "--option tokens=512" in told(halves=halves(0.1, 0.26, 0.04), rests_on=256)[0].text
     assert "more text (--tokens 16384)" in told(halves=halves(0.1, 0.26, 0.04), rests_on=8192)[0].text
+    on_the_way = told(halves=halves(0.1, 0.26, 0.04), rests_on=2048, sequential=True)[0]
+    assert "a larger sample (--sample 4096)" in on_the_way.text
     assert "(--tokens 2048 --sample 2048)" in told(halves=halves(0.1, 0.26, 0.04), tokens=1024)[0].text
     assert told(halves=halves(0.1, 0.26, 0.01)) == ()  # it would hardly help
     assert told(halves=halves(0.1, 0.26, 0.04, stderr=0.1)) == ()  # may be chance

@@ -146,7 +146,7 @@ def _starved(planned: Sequence[Planned]) -> Iterator[Advice]:
     if not found:
         return
     worst = min(found, key=lambda each: each.reached)
-    more = worst.sample_tokens * _doubled(worst.width / max(worst.reached, 1.0))
+    more = worst.rests_on * _doubled(worst.width / max(worst.reached, 1.0))
     yield Advice(
         kind="starved fit",
         layers=_layers(found),
@@ -162,7 +162,7 @@ def _small(planned: Sequence[Planned]) -> Iterator[Advice]:
         return
     worst, halves = max(found, key=lambda pair: _excess(pair[0]))
     more = 2 * worst.rests_on
-    if worst.rests_on == worst.sample_tokens:
+    if worst.rests_on == worst.sample_tokens or (worst.sequential and worst.rests_on > worst.sample_tokens):
         remedy = f"a larger sample ({_sample(worst, more)})"
     elif worst.rests_on < worst.sample_tokens:
         remedy = f"more tokens of it (--option tokens={more})"
