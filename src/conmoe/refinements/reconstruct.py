@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from conmoe.ops.accumulate import add_at
 from conmoe.ops.answers import Answers, answer, prototype, revised, square, tokens_of
+from conmoe.ops.evidence import surely_lower
 from conmoe.ops.experts import tensors
 from conmoe.registry import refinement
 from conmoe.types import LayerPlan, UsageError
@@ -21,10 +22,12 @@ from conmoe.types import LayerPlan, UsageError
 LOOKS = 10
 #: So many looks in a row without progress end a run.
 PATIENCE = 3
+#: Higher rates mean nothing: one step is a million times as long as what it changes.
+HIGHEST = 1e6
 #: The share of the steps over which the rate rises.
 WARM_UP = 0.05
-#: A run that makes nothing better is repeated at a fourth of the rate, so often at most.
-REPEATS = 2
+#: A run that may have made nothing better is repeated at a fourth of the rate, so often at most.
+REPEATS = 4
 
 #: What is fitted, by name: tensors of all prototypes, ``gain_E``, ``router_KD``.
 Values = dict[str, Tensor]
@@ -45,12 +48,12 @@ def reconstruct(
     """All weights of the prototypes, by gradient descent on ``||y - y'||^2``, one layer at a time.
 
     Adam on gate, up and down projections and their biases; on the gains of experts that share a prototype; and on the
-    rows that are left of a router that lost some (a router that is whole stays untouched). The
-    rate rises over a twentieth of the steps and falls to zero along a cosine. The layer is measured on the held-out
-    tokens ten times on the way, its weights rounded as they will be stored, and the best of these is the result; three
-    looks in a row without progress end the run, and one that makes nothing better is repeated at a fourth of the rate,
-    twice at most. No gradient leaves the layer, and nothing is trained on the text itself: the target is what the
-    source's layer adds.
+    rows that are left of a router that lost some (a router that is whole stays untouched). The rate rises over a
+    twentieth of the steps and falls to zero along a cosine. The layer is measured on the held-out tokens ten times on
+    the way, its weights rounded as they will be stored, and the best of these is the result; three looks in a row
+    without progress end the run, and one that makes the held-out error lower by less than two standard errors is
+    repeated at a fourth of the rate, four times at most. No gradient leaves the layer, and nothing is trained on the
+    text itself: the target is what the source's layer adds.
 
     The step of a weight matrix of ``fan`` inputs is ``rate`` times the root of its mean square over ``sqrt(fan)``: if
     the signs of all its elements agreed, a step would change a unit by its own size (so rates carry over between
@@ -60,15 +63,18 @@ def reconstruct(
     a look; in float32 on a CPU, in bfloat16 on a GPU. ``16 * 3 K D I`` bytes for weights, gradients and the two moments
     of Adam, half of that again for what is kept, and ``8 n D`` bytes of the layer's outputs.
     """
-    if steps < 1 or batch < 1 or not rate > 0:
-        raise UsageError("reconstruct takes one step or more, a batch of one token or more, and a rate above 0.")
+    if steps < 1 or batch < 1 or not 0 < rate <= HIGHEST:
+        raise UsageError(
+            "reconstruct takes one step or more, a batch of one token or more, and a rate above 0, but no higher "
+            f"than {HIGHEST:g}."
+        )
     layer = _open(answers, held_n, frozen, router)
-    start = square(answers.residual_nD[held_n])
+    start_n = answers.residual_nD[held_n].double().square().sum(dim=1)
     for repeat in range(1 + REPEATS):
-        best, error = _run(layer, steps, batch, rate / 4**repeat, seed)
-        if error < start:
-            return best
-    return answers.plan
+        best, error_n = _run(layer, steps, batch, rate / 4**repeat, seed)
+        if surely_lower(error_n, start_n):
+            break
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +129,15 @@ def _free_gains(plan: LayerPlan, frozen: tuple[int, ...]) -> Tensor:
 
 
 @torch.enable_grad()
-def _run(layer: _Layer, steps: int, batch: int, rate: float, seed: int) -> tuple[LayerPlan, float]:
-    """One run; the plan of lowest held-out error, and that error."""
+def _run(layer: _Layer, steps: int, batch: int, rate: float, seed: int) -> tuple[LayerPlan, Tensor]:
+    """One run; the plan of lowest held-out error, and that error, token by token."""
     values = {name: value.clone().requires_grad_() for name, value in layer.first.items()}
     optimizer = torch.optim.Adam(
         [{"params": [value], "lr": rate * _reach(name, value)} for name, value in values.items()], betas=(0.9, 0.95)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
-    best, lowest, patience = layer.answers.plan, math.inf, PATIENCE
+    best, lowest_n = layer.answers.plan, layer.target_nD.new_full((int(layer.held_n.sum()),), math.inf)
+    patience = PATIENCE
     looks = {round(steps * look / LOOKS) for look in range(1, LOOKS + 1)}
     for step, rows_b in zip(range(1, steps + 1), _batches(layer, batch, seed), strict=False):
         lost = (layer.target_nD[rows_b] - _added(layer, values, rows_b)).square().sum(dim=1).mean() / layer.scale
@@ -148,11 +155,14 @@ def _run(layer: _Layer, steps: int, batch: int, rate: float, seed: int) -> tuple
                 break
             made = _with(layer, rounded)
             with torch.no_grad():
-                error = square(revised(layer.answers, made).residual_nD[layer.held_n])
-            best, lowest, patience = (made, error, PATIENCE) if error < lowest else (best, lowest, patience - 1)
-            if not patience or not math.isfinite(error):
+                error_n = revised(layer.answers, made).residual_nD[layer.held_n].double().square().sum(dim=1)
+            if float(error_n.sum()) < float(lowest_n.sum()):
+                best, lowest_n, patience = made, error_n, PATIENCE
+            else:
+                patience -= 1
+            if not patience or not math.isfinite(float(error_n.sum())):
                 break
-    return best, lowest
+    return best, lowest_n
 
 
 def _added(layer: _Layer, values: Mapping[str, Tensor], rows_b: Tensor) -> Tensor:
@@ -202,11 +212,11 @@ def _output(layer: _Layer, named: Values, x_cD: Tensor) -> Tensor:
 
 
 def _rounded(layer: _Layer, values: Mapping[str, Tensor]) -> Values:
-    """These values as they will be stored: in the dtype of the source, gains in float32."""
+    """These values as they will be stored: in the dtype of the source, gains in float32. Copies, for steps go on."""
     kinds = {name: value.dtype for name, value in tensors(layer.answers.experts).items()}
     if layer.answers.experts.router_ED is not None:
         kinds["router_KD"] = layer.answers.experts.router_ED.dtype
-    return {name: value.detach().to(kinds.get(name, value.dtype)) for name, value in values.items()}
+    return {name: value.detach().to(kinds.get(name, value.dtype), copy=True) for name, value in values.items()}
 
 
 def _with(layer: _Layer, rounded: Mapping[str, Tensor]) -> LayerPlan:
