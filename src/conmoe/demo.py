@@ -13,14 +13,18 @@ from conmoe.calibrate import Calibration, calibrate
 from conmoe.data import load_tokenizer, load_tokens
 from conmoe.evaluate import Fidelity, evaluate
 from conmoe.generate import generate
-from conmoe.methods import DEFAULT_METHOD
 from conmoe.plan import plan
 from conmoe.progress import Progress
 from conmoe.registry import Form
 from conmoe.request import Request
 
-METHODS = (DEFAULT_METHOD, "reap", "frequency")
 KEEP = "0.5"
+REQUESTS = {
+    "conmoe": Request(keep=KEEP, sequential=True, refine="reconstruct", sample=16384),
+    "unrefined": Request("conmoe", KEEP),
+    "reap": Request("reap", KEEP),
+    "frequency": Request("frequency", KEEP),
+}
 TOKENS, SEQ_LEN = 16384, 256
 PROMPT = '    def close(self):\n        """Close the'
 
@@ -30,7 +34,7 @@ class Demo:
     """What the demo made."""
 
     folder: Path
-    rows: list[tuple[str, Form, Fidelity]]  # method, form, fidelity
+    rows: list[tuple[str, Form, Fidelity]]  # name, form, fidelity
     before: str  # the source's continuation of the prompt
     after: str
 
@@ -41,7 +45,7 @@ def demo_model() -> Path:
 
 
 def demo(out: Path, progress: Progress, *, force: bool = False) -> Demo:
-    """Compress the demo model with the default method, REAP and frequency pruning, and measure all three."""
+    """Compress the demo model as conmoe does by default, and by three published methods, and measure all four."""
     model = demo_model()
     tokenizer = load_tokenizer(model)
     data = load_tokens(tokenizer, [], tokens=TOKENS, seq_len=SEQ_LEN)
@@ -52,14 +56,14 @@ def demo(out: Path, progress: Progress, *, force: bool = False) -> Demo:
         statistics = folder / "statistics"
         with progress.stage("calibrate", TOKENS * depth, "tokens x layers") as advance:
             calibrate(model, statistics, data, Calibration(), force=True, advance=advance)
-        for method in METHODS:
-            with progress.stage(method, 2 * TOKENS * depth, "tokens x layers") as advance:
-                made = plan(model, statistics, None, Request(method=method, keep=KEEP))
-                applied = apply(model, made, folder / method, force=True)
-                rows.append((method, applied.form, evaluate(folder / method, held_out, against=model, advance=advance)))
-        results = {method: {"form": form, **fidelity.as_json()} for method, form, fidelity in rows}
+        for name, request in REQUESTS.items():
+            result = folder / name
+            with progress.stage(name, 2 * TOKENS * depth, "tokens x layers") as advance:
+                applied = apply(model, plan(model, statistics, None, request), result, force=True)
+                rows.append((name, applied.form, evaluate(result, held_out, against=model, advance=advance)))
+        results = {name: {"form": form, **fidelity.as_json()} for name, form, fidelity in rows}
         write_atomic(folder / "results.json", json.dumps({"keep": KEEP, "methods": results}, indent=2) + "\n")
     with progress.stage("generate", 2, "models") as advance:
-        before, after = (generate(each, PROMPT) for each in (model, out / DEFAULT_METHOD))
+        before, after = (generate(each, PROMPT) for each in (model, out / "conmoe"))
         advance(2)
     return Demo(out, rows, before, after)

@@ -11,7 +11,6 @@ import conmoe
 from conmoe.cli import console, tables
 from conmoe.cli.app import verb
 from conmoe.cli.arguments import Force
-from conmoe.methods import DEFAULT_METHOD
 
 
 @verb()
@@ -19,7 +18,7 @@ def demo(
     out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The folder to write.")] = Path("demo-output"),
     force: Force = False,
 ) -> None:
-    """Compress a small trained model that ships with conmoe, three ways, offline, and compare.
+    """Compress a small trained model that ships with conmoe, four ways, offline, and compare.
 
     Example: `conmoe demo demo-output`
     """
@@ -27,8 +26,9 @@ def demo(
     rows = sorted(made.rows, key=lambda row: row[2].kl.value if row[2].kl else 0.0)
     console.stdout.print(tables.fidelity_table("Half of the experts, on held-out text (best first)", rows))
     source = made.rows[0][2]
+    console.stdout.print("unrefined: the same experts as exact copies, ConMoE as published (--refine none).")
     console.stdout.print(f"The source has {tables.size(source.source_bytes or 0)}.\n")
-    for title, text in (("Source", made.before), (f"After {DEFAULT_METHOD}", made.after)):
+    for title, text in (("Source", made.before), ("After conmoe", made.after)):
         console.stdout.print(title, style="bold")
         console.stdout.print(conmoe.DEMO_PROMPT + text + "\n", soft_wrap=True)
     for line in (
