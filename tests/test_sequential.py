@@ -9,13 +9,14 @@ import torch
 
 import conmoe
 from conmoe.artifacts import read_layer, read_manifest, read_tokens
+from conmoe.calibrate import draw
 from conmoe.observe import IMPLEMENTATION
 from conmoe.sequential import open_passage
 from conmoe.source import open_source
 from conmoe.types import Plan, sample_tensors
 from tests.conftest import Checkpoint, token_data
 from tests.families import EXPERTS, TINY
-from tests.results import by_layer
+from tests.results import by_layer, load
 
 SEQUENTIAL = conmoe.Request(method="naee", options={"tokens": 64}, sequential=True, form="shared")
 
@@ -58,6 +59,47 @@ def test_a_layer_sees_what_a_written_checkpoint_would_send_it(family, checkpoint
     assert not torch.allclose(seen[-1].sums["gate_norm"], one_shot.sums["gate_norm"])
     for name, value in sample_tensors(read_layer(statistics, first.index).sample).items():
         torch.testing.assert_close(sample_tensors(seen[0].sample)[name], value, msg=name)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "granitemoe"])
+def test_drift_is_what_the_source_has_after_a_layer_and_its_layer_does_not_give(
+    family, checkpoint, calibrated, tmp_path
+):
+    """Against whole models in memory: the second MoE layer of the source on what the compressed first lets through."""
+    folder, statistics = checkpoint(family), calibrated(family)
+    first, *_, last = open_source(folder).layers
+    plan = conmoe.plan(
+        folder, statistics, request=conmoe.Request(method="reap", layers=str(first.index), form="shared")
+    )
+    source, ids_NS, manifest = open_source(folder), read_tokens(statistics), read_manifest(statistics)
+    passage = open_passage(source, ids_NS, manifest, tmp_path / "work", device="cpu", drift=True)
+    assert passage.statistics(first).sample.drift_nD is None
+    passage.follow(plan.scopes[0], lambda scopes: plan)
+    found = passage.statistics(last).sample
+
+    conmoe.apply(folder, plan, tmp_path / "half", form="shared")
+    models = [load(folder), load(tmp_path / "half")]
+    arriving, wanted = [], []
+    for model in models:
+        layer = model.get_submodule(last.decoder)
+        with torch.no_grad():
+            hook = layer.register_forward_hook(
+                lambda module, args, kwargs, out: arriving.append((args, kwargs)) or wanted.append(out),
+                with_kwargs=True,
+            )
+            model(input_ids=ids_NS, use_cache=False)
+            hook.remove()
+    with torch.no_grad():
+        args, kwargs = arriving[1]
+        given = models[0].get_submodule(last.decoder)(*args, **kwargs)
+    drift_NSD = wanted[0] - given
+    chosen = draw(*ids_NS.shape, manifest.sample, manifest.seed)[0].flatten().argsort()[: manifest.sample]
+    expected_nD = drift_NSD.flatten(0, 1)[chosen]
+    assert float(expected_nD.norm()) > 0
+    torch.testing.assert_close(found.drift_nD, expected_nD.float(), rtol=1e-3, atol=1e-5)
+
+    killed = open_passage(source, ids_NS, manifest, tmp_path / "work", device="cpu", drift=True)
+    torch.testing.assert_close(killed.statistics(last).sample.drift_nD, found.drift_nD, rtol=0, atol=0)
 
 
 def test_unchanged_layers_let_everything_through(checkpoint, calibrated, tmp_path):
