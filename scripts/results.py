@@ -8,7 +8,7 @@ python scripts/results.py [--check]
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -65,19 +65,49 @@ def page(benches: Mapping[str, Bench]) -> str:
 def overview(benches: Mapping[str, Bench]) -> list[str]:
     """One line for each model and domain on which both efforts and REAP were measured."""
     lines = summary(benches)
-    return ["## In one look", SUMMARY, "\n".join(lines)] if lines else []
+    return ["## In one look", SUMMARY, "\n".join(lines), "\n".join(goals(benches))] if lines else []
+
+
+def goals(benches: Mapping[str, Bench]) -> list[str]:
+    """Of what was aimed at, how much was reached, and where it was not."""
+    found: Mapping[str, Callable[[Mapping[str, Row], Mapping[str, Row], str], bool]] = {
+        "standard, shared: a fifth of REAP's KL at most": lambda rows, few, domain: _share(rows, "shared", domain, 5),
+        "standard, sliced: a third of REAP's at most": lambda rows, few, domain: _share(rows, "sliced", domain, 3),
+        "standard, shared: half of the best published method's at most": lambda rows, few, domain: (
+            _kl(rows[STANDARD["shared"]], domain) * 2
+            <= min(_kl(row, domain) for name, row in rows.items() if ":" not in name)
+        ),
+        "a quarter of the experts, sliced: no more than REAP's with half of them": lambda rows, few, domain: (
+            STANDARD["sliced"] in few and _kl(few[STANDARD["sliced"]], domain) <= _kl(rows["reap"], domain)
+        ),
+    }
+    places = [(bench, rows, few, domain) for bench, rows, few in _measured(benches) for domain in bench.evaluation]
+    lines = ["What was aimed at, on every model and text:", ""]
+    for goal, reached in found.items():
+        missed = [f"{bench.model} on {domain}" for bench, rows, few, domain in places if not reached(rows, few, domain)]
+        but = f"; not on {', '.join(missed)}" if missed else ""
+        lines.append(f"- {goal}: {len(places) - len(missed)} of {len(places)}{but}.")
+    return lines
+
+
+def _share(rows: Mapping[str, Row], form: str, domain: str, part: int) -> bool:
+    return _kl(rows[STANDARD[form]], domain) * part <= _kl(rows["reap"], domain)
+
+
+def _measured(benches: Mapping[str, Bench]) -> Iterator[tuple[Bench, Mapping[str, Row], Mapping[str, Row]]]:
+    """Each bench of REAP and the default, its rows at half of the experts, and at a quarter those of its model."""
+    for bench in benches.values():
+        rows = {row.name: row for row in bench.at(HALF) if row.error is None}
+        if {"reap", *STANDARD.values()} <= set(rows):
+            quarters = [each for each in benches.values() if each.model_fingerprint == bench.model_fingerprint]
+            yield bench, rows, {row.name: row for each in quarters for row in each.at(QUARTER) if row.error is None}
 
 
 def summary(benches: Mapping[str, Bench]) -> list[str]:
     """The lines of that table, or none."""
     headings = ["model", "text", "reap", "published", *(f"{effort}, {form}" for effort, form in _EFFORTS), "quarter"]
     lines = []
-    for bench in benches.values():
-        rows = {row.name: row for row in bench.at(HALF) if row.error is None}
-        if "reap" not in rows or STANDARD["shared"] not in rows:
-            continue
-        quarters = [each for each in benches.values() if each.model_fingerprint == bench.model_fingerprint]
-        few = {row.name: row for each in quarters for row in each.at(QUARTER) if row.error is None}
+    for bench, rows, few in _measured(benches):
         published = [row for row in rows.values() if ":" not in row.name]
         for domain in bench.evaluation:
             reap = rows["reap"]

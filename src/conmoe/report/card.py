@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from conmoe.forms import is_approximate, is_condensed
+from conmoe.refine import NONE
 from conmoe.registry import Form, get_method
 from conmoe.types import Plan
 
@@ -52,7 +53,7 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         f"| method | `{plan.method}` ({get_method(plan.method).paper}) |",
         f"| options | {options} |",
         f"| keep, budget | {plan.keep}, {plan.budget} |",
-        f"| refinement | {plan.refine} |",
+        f"| refinement | {_refinement(plan)} |",
         f"| decoder layers | {', '.join(str(index) for scope in plan.scopes for index in scope.layers)} |",
         f"| form | {form} |",
         f"| conmoe | {plan.version} |",
@@ -61,6 +62,7 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         "",
         "The plan (which prototype answers for each expert) is in `conmoe/plan.json`.",
     ]
+    lines += _fitted(plan)
     condensed = sorted(index for scope in plan.scopes if is_condensed(scope) for index in scope.layers)
     if condensed:
         stored = "folded into one dense MLP each" if form == "sliced" else "with constant gates"
@@ -77,6 +79,24 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _refinement(plan: Plan) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in plan.refine_options.items())
+    way = f", each layer on {plan.sequential:,} tokens behind compressed layers" if plan.sequential else ""
+    return f"{plan.refine}{f' ({options})' if options else ''}{way}"
+
+
+def _fitted(plan: Plan) -> list[str]:
+    """What is no copy, in a sentence."""
+    layers = [scope.plan for scope in plan.scopes]
+    names = {name for layer in layers for name in layer.weights}
+    if plan.refine == NONE or not (names or any(bool((layer.gain_E != 1).any()) for layer in layers)):
+        return []
+    what = "all weights of the experts stored" if "gate_EID" in names else "the down projections of the experts stored"
+    what = what if names else "multipliers of the gates"
+    rows = ", and the rows left of the routers," if any(layer.router_KD is not None for layer in layers) else ""
+    return ["", f"Not copies: {what}{rows} were fitted, layer by layer, to what the source's layers put out."]
 
 
 def _router(plan: Plan, form: Form) -> str:
