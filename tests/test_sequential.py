@@ -93,7 +93,8 @@ def test_drift_is_what_the_source_has_after_a_layer_and_its_layer_does_not_give(
         args, kwargs = arriving[1]
         given = models[0].get_submodule(last.decoder)(*args, **kwargs)
     drift_NSD = wanted[0] - given
-    chosen = draw(*ids_NS.shape, manifest.sample, manifest.seed)[0].flatten().argsort()[: manifest.sample]
+    N, S = ids_NS.shape
+    chosen = draw(N, S, manifest.sample, manifest.seed)[0].flatten().argsort()[: manifest.sample]
     expected_nD = drift_NSD.flatten(0, 1)[chosen]
     assert float(expected_nD.norm()) > 0
     torch.testing.assert_close(found.drift_nD, expected_nD.float(), rtol=1e-3, atol=1e-5)
