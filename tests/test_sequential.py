@@ -80,15 +80,16 @@ def test_drift_is_what_the_source_has_after_a_layer_and_its_layer_does_not_give(
     conmoe.apply(folder, plan, tmp_path / "half", form="shared")
     models = [load(folder), load(tmp_path / "half")]
     arriving, wanted = [], []
+
+    def note(module, args, kwargs, out):
+        arriving.append((args, kwargs))
+        wanted.append(out)
+
     for model in models:
-        layer = model.get_submodule(last.decoder)
+        hook = model.get_submodule(last.decoder).register_forward_hook(note, with_kwargs=True)
         with torch.no_grad():
-            hook = layer.register_forward_hook(
-                lambda module, args, kwargs, out: arriving.append((args, kwargs)) or wanted.append(out),
-                with_kwargs=True,
-            )
             model(input_ids=ids_NS, use_cache=False)
-            hook.remove()
+        hook.remove()
     with torch.no_grad():
         args, kwargs = arriving[1]
         given = models[0].get_submodule(last.decoder)(*args, **kwargs)
