@@ -24,6 +24,8 @@ Measure = Callable[[TokenSample, Experts], Tensor]
 
 #: Bytes of the largest intermediate tensor.
 BLOCK_BYTES = 128 * 2**20
+#: Tokens that all experts are asked at once, at least: for fewer, reading the weights takes longer than using them.
+LEAST_ROWS = 128
 #: Pairs closer than this share of their norms are compared again by subtraction: dot products cancel there.
 CLOSE = 1e-2
 #: A norm below this is zero.
@@ -157,7 +159,8 @@ def functional_distance(sample: TokenSample, experts: Experts) -> Tensor:
     ratio is 0 / 0 the two experts agree: 0. Where only the denominator is 0, or no token is known at all, 1: as wrong
     as leaving the expert out.
 
-    Cost: ``n E`` expert evaluations (``6 n E D I`` operations) and ``n E k D`` for the differences.
+    Cost: ``n E`` expert evaluations (``6 n E D I`` operations) and ``n E k D`` for the differences; 128 MiB, or the
+    outputs of all experts for 128 tokens in float32, whichever is more.
     """
     error_EE, energy_E, seen_E = _redirect_errors(experts, sample.hidden_nD, sample.index_nk, sample.weight_nk)
     unseen = (~seen_E).nonzero().flatten()
@@ -179,7 +182,7 @@ def _redirect_errors(
     device = experts.gate_EID.device
     error_EE = torch.zeros(E, E, dtype=torch.float64, device=device)
     energy_E, seen_E = error_EE.new_zeros(E), torch.zeros(E, dtype=torch.bool, device=device)
-    for block in _blocks(x_nD.shape[0], floats_per_row=E * D):
+    for block in _blocks(x_nD.shape[0], floats_per_row=E * D, least=LEAST_ROWS):
         # every expert runs on the same block, so that duplicates agree bit for bit
         y_cED = _all_outputs(experts, x_nD[block].to(device))
         index_ck = index_nk[block].to(device).long()
@@ -272,6 +275,6 @@ def _pairwise(a_iD: Tensor, b_jD: Tensor) -> Tensor:
     return torch.cdist(a_iD, b_jD, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _blocks(length: int, floats_per_row: int) -> Iterator[slice]:
-    step = max(1, BLOCK_BYTES // (4 * floats_per_row))
+def _blocks(length: int, floats_per_row: int, least: int = 1) -> Iterator[slice]:
+    step = max(least, BLOCK_BYTES // (4 * floats_per_row))
     return (slice(start, start + step) for start in range(0, length, step))
