@@ -26,9 +26,9 @@ HOW = """Every number below was measured by `conmoe bench` and is kept, with the
 and run `python scripts/results.py`. All methods of a table read the same statistics and are measured on the same
 text; what failed or lost is listed with the rest."""
 
-#: What ``conmoe compress`` does by its efforts, as candidates of a bench.
+#: What ``conmoe compress`` does by default, and the same in closed form, as candidates of a bench.
 _ON_THE_WAY = "sequential=true,sample=65536"
-QUICK = {
+REFIT = {
     "shared": f"conmoe:refine=refit,{_ON_THE_WAY}",
     "sliced": f"conmoe:refine=refit,form=sliced,{_ON_THE_WAY}",
 }
@@ -38,9 +38,9 @@ STANDARD = {
 }
 HALF, QUARTER = "0.5", "0.25"
 SUMMARY = """KL to the source in nats per token, on held-out text, with half of the routed experts (the last column: a
-quarter). *published*: the best of all published methods here for that text, by name; *quick* and *standard*: what
-`conmoe compress --effort` makes of the same calibration text, in the shared and in the sliced form; in brackets, as a
-share of REAP's. ± one standard error over calibration seeds."""
+quarter). *published*: the best of all published methods here for that text, by name; *standard*: what `conmoe compress`
+makes of the same calibration text by default, in the shared and in the sliced form; *refit*: the same in closed form
+(`--effort quick --tokens 65536 --sample 65536`); in brackets, as a share of REAP's. ± one standard error over calibration seeds."""
 
 #: One keep, one domain: the rows that have a number there, the lowest KL first.
 Cells = Mapping[tuple[str, str], Sequence[Row]]
@@ -63,7 +63,7 @@ def page(benches: Mapping[str, Bench]) -> str:
 
 
 def overview(benches: Mapping[str, Bench]) -> list[str]:
-    """One line for each model and domain on which both efforts and REAP were measured."""
+    """One line for each model and domain on which the default and REAP were measured."""
     lines = summary(benches)
     return ["## In one look", SUMMARY, "\n".join(lines), "\n".join(goals(benches))] if lines else []
 
@@ -105,7 +105,7 @@ def _measured(benches: Mapping[str, Bench]) -> Iterator[tuple[Bench, Mapping[str
 
 def summary(benches: Mapping[str, Bench]) -> list[str]:
     """The lines of that table, or none."""
-    headings = ["model", "text", "reap", "published", *(f"{effort}, {form}" for effort, form in _EFFORTS), "quarter"]
+    headings = ["model", "text", "reap", "published", *(f"{kind}, {form}" for kind, form in _OURS), "quarter"]
     lines = []
     for bench, rows, few in _measured(benches):
         published = [row for row in rows.values() if ":" not in row.name]
@@ -113,7 +113,7 @@ def summary(benches: Mapping[str, Bench]) -> list[str]:
             reap = rows["reap"]
             winner = min(published, key=lambda row: _kl(row, domain))
             cells = [bench.model, domain, _shown(reap, domain), f"{_shown(winner, domain)} `{winner.name}`"]
-            cells += [_beside(rows.get(names[form]), reap, domain) for (_, form), names in _EFFORTS.items()]
+            cells += [_beside(rows.get(names[form]), reap, domain) for (_, form), names in _OURS.items()]
             cells.append(_beside(few.get(STANDARD["sliced"]), reap, domain))
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
@@ -121,10 +121,10 @@ def summary(benches: Mapping[str, Bench]) -> list[str]:
     return [f"| {' | '.join(headings)} |", f"| --- | --- |{' ---: |' * (len(headings) - 2)}", *lines]
 
 
-#: Effort and form -> the candidates' names by form.
-_EFFORTS = {
-    ("quick", "shared"): QUICK,
-    ("quick", "sliced"): QUICK,
+#: What is done and in which form -> the candidates' names by form.
+_OURS = {
+    ("refit", "shared"): REFIT,
+    ("refit", "sliced"): REFIT,
     ("standard", "shared"): STANDARD,
     ("standard", "sliced"): STANDARD,
 }
