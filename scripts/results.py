@@ -40,7 +40,8 @@ HALF, QUARTER = "0.5", "0.25"
 SUMMARY = """KL to the source in nats per token, on held-out text, with half of the routed experts (the last column: a
 quarter). *published*: the best of all published methods here for that text, by name; *standard*: what `conmoe compress`
 makes of the same calibration text by default, in the shared and in the sliced form; *refit*: the same in closed form
-(`--effort quick --tokens 65536 --sample 65536`); in brackets, as a share of REAP's. ± one standard error over calibration seeds."""
+(`--effort quick --tokens 65536 --sample 65536`); in brackets, as a share of REAP's. ± one standard error over
+calibration seeds."""
 
 #: One keep, one domain: the rows that have a number there, the lowest KL first.
 Cells = Mapping[tuple[str, str], Sequence[Row]]

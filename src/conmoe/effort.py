@@ -19,7 +19,7 @@ class Effort:
     refine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: Their fidelity is in docs/results.md, measured; their cost in docs/effort.md.
+#: Their fidelity is in docs/results.md, measured; their cost in docs/method.md.
 EFFORTS: Mapping[str, Effort] = {
     "quick": Effort(
         "experts chosen, their down projections refitted in closed form; minutes on a CPU", 32768, 16384, True, "refit"
