@@ -83,6 +83,21 @@ def test_a_router_asked_with_its_own_rows_answers_the_same_and_can_be_differenti
 
 
 @families
+def test_a_router_of_few_bits_answers_wider_inputs_as_a_model_of_that_dtype_would(family: str, tmp_path: Path):
+    """Calibrated in float32, a bfloat16 checkpoint is a float32 model of the same numbers."""
+    folder, kept = save_tiny(family, tmp_path / family, dtype=torch.bfloat16), torch.tensor(KEPT)
+    hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    found, expected = (
+        read_experts(source, source.layers[0])
+        for source in (open_source(folder), open_source(folder, dtype=torch.float32))
+    )
+    assert found.reroute is not None
+    assert expected.reroute is not None
+    for got, wanted in zip(found.reroute(hidden, kept), expected.reroute(hidden, kept), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@families
 @pytest.mark.parametrize("form", ["sliced", "shared"])
 def test_a_checkpoint_with_new_rows_is_the_source_with_these_rows_in_place(
     family: str, form: Form, checkpoint: Checkpoint, tmp_path: Path

@@ -117,12 +117,13 @@ def rerouter(router: nn.Module, arguments: Mapping[str, Tensor], experts: int, t
             name: value.masked_fill(dropped_E.view(value.shape), -torch.inf) if value.numel() == E else value
             for name, value in arguments.items()
         }
-        hidden_nD = hidden_nD.to(scores.device)
+        dtype = torch.promote_types(hidden_nD.dtype, scores.dtype if router_KD is None else router_KD.dtype)
+        if not hidden_nD.dtype == scores.dtype == dtype:  # as in a model of that dtype; not all routers convert
+            masked = {name: value.to(dtype) for name, value in (router.state_dict() | masked).items()}
         if router_KD is not None:
-            rows_KD = router_KD.to(scores.device)
-            masked = {name: value.to(rows_KD.dtype) for name, value in (router.state_dict() | masked).items()}
-            masked[name_of_scores] = masked[name_of_scores].index_copy(0, kept_K, rows_KD)
-            hidden_nD = hidden_nD.to(rows_KD.dtype)
+            rows_KD = router_KD.to(scores.device, dtype)
+            masked[name_of_scores] = scores.to(dtype).index_copy(0, kept_K, rows_KD)
+        hidden_nD = hidden_nD.to(scores.device, dtype)
         with _Masked(dropped_E), torch.set_grad_enabled(router_KD is not None and router_KD.requires_grad):
             outputs = torch.func.functional_call(router, masked, (hidden_nD,), given)
         index_nk = outputs[-1] if outputs[0].is_floating_point() else outputs[0]
