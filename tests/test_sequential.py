@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 import conmoe
 from conmoe.artifacts import read_layer, read_manifest, read_tokens
 from conmoe.calibrate import draw
+from conmoe.forms import without_map
 from conmoe.observe import IMPLEMENTATION
+from conmoe.ops import plans
+from conmoe.registry import get_method
 from conmoe.sequential import open_passage
-from conmoe.source import open_source
-from conmoe.types import Plan, sample_tensors
+from conmoe.source import open_source, read_experts
+from conmoe.types import Plan, ScopePlan, sample_tensors
 from tests.conftest import Checkpoint, token_data
-from tests.families import EXPERTS, TINY
+from tests.families import EXPERTS, TINY, save_tiny
 from tests.results import by_layer, load
 
 SEQUENTIAL = conmoe.Request(method="naee", options={"tokens": 64}, sequential=True, form="shared")
@@ -144,6 +148,58 @@ def test_sequential_plans_differ_from_the_second_layer_on_and_resume(
     errors = [[scope.plan.predicted_error for scope in plan.scopes] for plan in (whole, at_once)]
     assert errors[0][0] == errors[1][0]
     assert errors[0][1] != errors[1][1]
+
+
+def test_a_walk_that_was_killed_goes_on_where_it_stopped(tmp_path):
+    """Layers that nobody plans lie between; two files hold the text, so that each layer overwrites the last but one."""
+    folder = save_tiny("olmoe", tmp_path / "model", num_hidden_layers=5)
+    conmoe.calibrate(folder, tmp_path / "stats", token_data(), conmoe.Calibration(sample=64, batch=4))
+    ids_NS, manifest = read_tokens(tmp_path / "stats"), read_manifest(tmp_path / "stats")
+
+    def opened(name: str):
+        return open_passage(open_source(folder), ids_NS, manifest, tmp_path / name, device="cpu", drift=True)
+
+    def stop(module: torch.nn.Module, _: object) -> None:
+        if not next(module.parameters()).is_meta:  # it is asked for its arguments first
+            raise Stop
+
+    layers = open_source(folder).layers
+    cut = opened("cut")
+    cut.statistics(layers[1])
+    hook = cut._source.model.get_submodule(layers[3].decoder).register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        cut.statistics(layers[4])
+    hook.remove()
+    found, expected = (opened(name).statistics(layers[4]) for name in ("cut", "whole"))
+    for name, value in expected.sums.items():
+        assert torch.equal(found.sums[name], value), name
+
+
+def test_the_text_passes_layers_as_they_are_stored(checkpoint, calibrated, tmp_path):
+    """Sliced, a map is lost: the second layer sees what a sliced first one lets through."""
+    folder, statistics = checkpoint("olmoe"), calibrated("olmoe")
+    made = conmoe.plan(
+        folder,
+        statistics,
+        tmp_path / "plan",
+        conmoe.Request(method="conmoe", form="sliced", sequential=True),
+    )
+    whole = ScopePlan((1,), plans.identity(EXPERTS))
+    first = replace(made, scopes=(replace(made.scopes[0], plan=without_map(made.scopes[0].plan)), whole))
+    source, ids_NS, manifest = open_source(folder), read_tokens(statistics), read_manifest(statistics)
+    passage = open_passage(source, ids_NS, manifest, tmp_path / "work", device="cpu")
+    passage.follow(first.scopes[0], lambda scopes: first)
+    known = passage.statistics(source.layers[1])
+    held_E = made.scopes[1].plan.mixing_KE.argmax(1)
+    again = get_method("conmoe").function(known, read_experts(source, source.layers[1]), len(held_E), **made.options)
+    assert again.predicted_error == pytest.approx(made.scopes[1].plan.predicted_error)
+    assert torch.equal(again.mixing_KE.argmax(1), held_E)
+
+
+def test_a_plan_says_on_how_many_tokens_it_was_made(checkpoint, calibrated):
+    for sample, used in ((64, 64), (100_000, token_data().tokens)):
+        request = conmoe.Request(method="frequency", sequential=True, sample=sample)
+        assert conmoe.plan(checkpoint("olmoe"), calibrated("olmoe"), request=request).sequential == used
 
 
 def test_what_cannot_be_sequential_is_refused(checkpoint, calibrated, tmp_path):

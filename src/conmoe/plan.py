@@ -35,7 +35,7 @@ from conmoe.artifacts import (
 from conmoe.budgets import Context
 from conmoe.fit import fitted
 from conmoe.folding import check_foldable
-from conmoe.forms import without_map
+from conmoe.forms import is_condensed, without_map
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import select, tensors
 from conmoe.ops.outliers import super_experts
@@ -138,7 +138,7 @@ def plan(
             for position, (scope, count) in enumerate(zip(asked.scopes, counts, strict=True)):
                 done.append(scope_plans.final(position, count, passage))
                 if passage:
-                    passage.follow(done[-1], context.assemble)
+                    passage.follow(_as_stored(done[-1], form), context.assemble)
                 advance(len(scope))
         made = replace(context.assemble(done), default_form=form)
         if folder:
@@ -193,6 +193,10 @@ def _form(asked: Asked, counts: Sequence[int], layers: int) -> Form:
     planned = sum(len(scope) for scope in asked.scopes)
     ragged = len(set(counts)) > 1 or (planned < layers and tuple(counts) != asked.cap)
     return "shared" if asked.form == "sliced" and ragged and not asked.method.condenses else asked.form
+
+
+def _as_stored(scope: ScopePlan, form: Form) -> ScopePlan:
+    return scope if form != "sliced" or is_condensed(scope) else replace(scope, plan=without_map(scope.plan))
 
 
 class _ScopePlans:
@@ -364,7 +368,7 @@ def _assemble(
         budget_options={**asked.budget_options, **found},
         refine=request.refine,
         refine_options=_refine_options(request),
-        sequential=(request.sample or manifest.sample) if request.sequential else 0,
+        sequential=min(request.sample or manifest.sample, manifest.tokens) if request.sequential else 0,
     )
 
 

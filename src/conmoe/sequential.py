@@ -114,9 +114,12 @@ class Passage:
 
     def _run(self, source: Source, start: int, stop: int) -> None:
         with self._stream(source) as stream:
-            stream.run(start=start, stop=stop)
-        self.position = stop
-        write_atomic(self._place, str(stop))
+            stream.run(start=start, stop=stop, after_layer=self._passed)
+
+    def _passed(self, index: int) -> None:
+        """Noted layer by layer: the next but one overwrites what stood before this one."""
+        self.position = index + 1
+        write_atomic(self._place, str(self.position))
 
     @contextmanager
     def _stream(self, source: Source) -> Iterator[Stream]:
