@@ -320,6 +320,7 @@ def test_halves_of_the_same_tokens_agree_in_everything(
         ("deepseek_v3", {"method": "conmoe", "form": "sliced"}),
         ("olmoe", {"method": "conmoe", "options": {"distance": "weight"}}),
         ("olmoe", {"method": "reap", "refine": "gains", "refine_options": {"ridge": 0.3}}),
+        ("olmoe", {"method": "conmoe", "form": "sliced", "refine": "gains", "refine_options": {"ridge": 0.3}}),
         ("olmoe", {"method": "conmoe", "scope": 2}),
         ("olmoe", {"method": "frequency", "budget": "5,3", "form": "shared"}),
     ],

@@ -18,6 +18,7 @@ from conmoe.artifacts import Manifest, checkpoint_fingerprint, read_layer, read_
 from conmoe.calibrate import Calibration, calibrate
 from conmoe.data import TokenData
 from conmoe.diagnosis import FITTED, NOISY, Advice, Diagnosis, Estimate, Halves, Planned, Use, advise
+from conmoe.forms import without_map
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import tensors
 from conmoe.ops.halves import answers_alike, first_half, kept_alike, part, recount
@@ -273,6 +274,8 @@ def _plan_again(
     """What the method decides, as it did for ``plan``, on other statistics of the same scope."""
     options = {name: value for name, value in made.options.items() if name in method.options}
     again = plan_layer(method, statistics, experts, plan.mixing_KE.shape[0], held, groups, options)
+    if made.refine != NONE and made.default_form == "sliced":  # as planning does
+        again = without_map(again)
     frozen = again.assignment_E[list(held)].tolist()
     return refine(made.refine, statistics.sample, experts, again, frozen=frozen, options=made.refine_options)
 
