@@ -77,6 +77,8 @@ def test_what_is_said_counts():
     other = settle("standard", "conmoe", refine="gains")
     assert (other.refine, dict(other.refine_options)) == ("gains", {})
     assert settle("standard", "conmoe", scope=2).sequential is False
+    pooled = settle("standard", "conmoe", scope=2, options={"redirect": "drop"})
+    assert (pooled.refine, pooled.sequential) == ("none", False)
     with pytest.raises(conmoe.UsageError, match="quick, standard, best, not 'much'"):
         settle("much", "conmoe")
 
@@ -93,7 +95,8 @@ def test_compress_reconstructs_unless_told_otherwise(checkpoint, tmp_path: Path,
         return json.loads((tmp_path / name / "conmoe" / "plan.json").read_text())
 
     default = made("default", *few)
-    assert (default["method"], default["refine"], default["sequential"]) == ("conmoe", "reconstruct", STANDARD.sample)
+    # the text has no more tokens
+    assert (default["method"], default["refine"], default["sequential"]) == ("conmoe", "reconstruct", 512)
     assert default["refine_options"]["steps"] == 4
     quick = made("quick", "--effort", "quick", "--form", "sliced")
     assert (quick["refine"], quick["default_form"]) == ("refit", "sliced")

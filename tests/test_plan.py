@@ -91,6 +91,10 @@ def plan_of(family: str, checkpoint: Checkpoint, calibrated: Checkpoint, **reque
         ({"method": "reap", "scope": 2}, "no sliced form"),
         ({"method": "cd-moe", "form": "expanded"}, "routers of whole layers away: use --form shared or --form sliced"),
         ({"method": "cd-moe", "scope": 2}, "routers of whole layers away: its layers share nothing"),
+        ({"method": "mc-smoe", "budget": "uniform", "form": "sliced"}, "factors, which the sliced form cannot hold"),
+        ({"method": "mc-smoe", "form": "expanded"}, "factors, which the expanded form cannot hold"),
+        ({"method": "mone", "form": "expanded"}, "constants, which the expanded form cannot hold"),
+        ({"method": "naee", "options": {"skip": "true"}, "refine": "refit"}, "skips experts at run time"),
         ({"protect": ("0:8",)}, "LAYER:EXPERT of this model, not '0:8'"),
         ({"protect": ("2:0",)}, "not '2:0'"),
         ({"protect": ("everything",)}, "not 'everything'"),
@@ -230,7 +234,7 @@ def per_group(part) -> list[int]:
     return torch.bincount(group_of(part), minlength=2).tolist()
 
 
-@pytest.mark.parametrize("method", PROTECTING)
+@pytest.mark.parametrize("method", sorted({*PROTECTING} - {"mc-smoe"}))  # factors are never sliced
 @pytest.mark.parametrize("family", GROUPED)
 def test_each_router_group_keeps_equally_many(family, method, checkpoint, calibrated):
     for keep in (4, 6):

@@ -63,6 +63,7 @@ def settle(
     method: str,
     *,
     scope: int = 1,
+    options: Mapping[str, Any] | None = None,
     tokens: int | None = None,
     sample: int | None = None,
     sequential: bool | None = None,
@@ -86,17 +87,18 @@ def settle(
     if effort not in EFFORTS:
         raise UsageError(f"--effort takes {', '.join(EFFORTS)}, not {effort!r}.")
     preset = EFFORTS[effort]
-    options = dict(refine_options or {})
+    fitting = dict(refine_options or {})
     asked = get_method(method)
-    alone = scope == 1 or asked.form != "sliced"  # layers that share a pool have no one router to ask
+    # layers that share a pool have no one router to ask
+    alone = scope == 1 or asked.form_with(options or {}) != "sliced"
     chosen = refine or (preset.refine if alone and not unrefinable(asked) else NONE)
     if chosen == preset.refine:
-        options = {**preset.refine_options, **options}
+        fitting = {**preset.refine_options, **fitting}
     if sequential is None:
         sequential = chosen != NONE and preset.sequential and scope == 1
     if chosen == NONE:
-        return Settings(tokens or EFFORTS["quick"].tokens, sample or PLAIN_SAMPLE, sequential, 0, chosen, options)
+        return Settings(tokens or EFFORTS["quick"].tokens, sample or PLAIN_SAMPLE, sequential, 0, chosen, fitting)
     wanted = sample or preset.sample
     if not sequential:
-        return Settings(tokens or preset.tokens, wanted, False, 0, chosen, options)
-    return Settings(tokens or preset.tokens, min(wanted, PLAIN_SAMPLE), True, wanted, chosen, options)
+        return Settings(tokens or preset.tokens, wanted, False, 0, chosen, fitting)
+    return Settings(tokens or preset.tokens, min(wanted, PLAIN_SAMPLE), True, wanted, chosen, fitting)

@@ -30,6 +30,8 @@ Protected = Mapping[int, tuple[int, ...]]
 DEFAULT_KEEP = "0.5"
 #: Methods whose prototypes are products of factors.
 FACTORED = ("mc-smoe",)
+#: Methods that answer for some experts with constants, whatever their options.
+CONSTANT = ("mone",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,9 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
             f"{method.name!r} drops experts, which the expanded form cannot take out of the router; use --form sliced "
             "or --form shared."
         )
+    unheld = _unheld(method, form) if counts != cap else ""
+    if unheld:
+        raise UsageError(f"{method.name!r} {unheld}, which the {form} form cannot hold; use --form shared.")
     if method.condenses and (form == "expanded" or request.scope > 1):
         what = "its layers share nothing; use --scope 1" if request.scope > 1 else "use --form shared or --form sliced"
         raise UsageError(f"{method.name!r} takes the routers of whole layers away: {what}.")
@@ -129,6 +134,11 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
     if slices and (len(planned) < len(layers) or len(set(counts)) > 1) and counts != cap:
         form = "shared"  # which is the one that holds layers of different sizes
     _check_refine(request, method, drops)
+    if request.refine != NONE and form == "sliced" and options.get("skip"):
+        raise UsageError(
+            f"{method.name!r} skips experts at run time, for which the sliced form has no place; use --form shared "
+            "with --refine, or --refine none."
+        )
     asked = Asked(method, options, budget, budget_options, keep, scopes, counts, cap, cuts, form)
 
     named = named_experts(layers, request.protect)
@@ -301,6 +311,13 @@ def _check_sliced(request: Request, budget: Budget, whole: bool) -> None:
             f"The budget {budget.name!r} lets layers keep different numbers of experts, which the sliced form cannot "
             "hold; use --form shared, or --budget uniform."
         )
+
+
+def _unheld(method: Method, form: Form) -> str:
+    """What the results of a method have that a form has no place for, whatever the model."""
+    if form != "shared" and method.name in FACTORED:
+        return "stores experts as factors"
+    return "answers with constants" if form == "expanded" and method.name in CONSTANT else ""
 
 
 def unrefinable(method: Method) -> str:

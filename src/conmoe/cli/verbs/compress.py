@@ -125,6 +125,7 @@ def compress(
         effort,
         method,
         scope=scope,
+        options=read_options("--option", option),
         tokens=tokens,
         sample=sample,
         sequential=sequential,
