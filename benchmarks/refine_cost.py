@@ -31,7 +31,7 @@ from conmoe.registry import get_refinement
 from conmoe.types import Experts, TokenSample
 
 K_SLOTS, D, WIDTH, BATCH = 8, 2048, 768, 4096
-#: The stages are timed from the second call on for as long as this many seconds, once at least.
+#: For how many seconds, at least, a product is repeated to tell its rate.
 LEAST = 1.0
 
 
