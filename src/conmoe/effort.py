@@ -72,8 +72,9 @@ def settle(
 ) -> Settings:
     """What is given counts; what is None is what ``effort`` says.
 
-    A refinement that is asked for by name, or none, leaves only the amounts of text to the effort. Methods that cannot
-    be refined are not; layers that share a pool of prototypes are refined at once, not one after the other.
+    A refinement that is asked for by name leaves only the amounts of text to the effort; none at all leaves nothing to
+    it, and the text is that of ``quick``. Methods that cannot be refined are not; layers that share a pool of
+    prototypes are refined at once, not one after the other.
 
     Raises:
         UsageError: there is no such effort.
