@@ -50,8 +50,9 @@ def on_gpu(seed: int) -> tuple[LayerStatistics, Experts]:
     original = layer.experts.reroute
     assert original is not None
 
-    def reroute(hidden_nD: Tensor, kept_K: Tensor) -> tuple[Tensor, Tensor]:
-        index_nk, weight_nk = original(hidden_nD.cpu(), kept_K.cpu())
+    def reroute(hidden_nD: Tensor, kept_K: Tensor, router_KD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows = () if router_KD is None else (router_KD.cpu(),)
+        index_nk, weight_nk = original(hidden_nD.cpu(), kept_K.cpu(), *rows)
         return index_nk.to(hidden_nD.device), weight_nk.to(hidden_nD.device)
 
     weights: dict[str, Any] = {name: put(tensor.clone()) for name, tensor in tensors(layer.experts).items()}
@@ -76,18 +77,23 @@ def test_every_method_plans_on_a_gpu_and_brings_the_plan_back(method: Method, op
     assert not [name for name, tensor in contents(plan).items() if is_there(tensor)], "left on the GPU"
 
 
-@pytest.mark.parametrize("kind", ["gains", "refit"])
+@pytest.mark.filterwarnings("ignore:.*Disabling autocast")
+@pytest.mark.parametrize(
+    ("kind", "options"), [("gains", {}), ("refit", {}), ("reconstruct", {"steps": 10, "batch": 16})]
+)
 @pytest.mark.parametrize("name", ["conmoe", "reap", "mone", "m-smoe"])
-def test_plans_are_refined_on_a_gpu(name: str, kind: str):
+def test_plans_are_refined_on_a_gpu(name: str, kind: str, options: dict[str, Any]):
     statistics, experts = on_gpu(0)
     with PretendedGpu():
-        plan = plan_layer(methods()[name], statistics, experts, 4, (), 1, bind_options(methods()[name], {}))
-        refined = refine(kind, statistics.sample, experts, plan)
+        plan = plan_layer(methods()[name], statistics, experts, 4, (1,), 1, bind_options(methods()[name], {}))
+        frozen = plan.assignment_E[[1]].tolist()
+        refined = refine(kind, statistics.sample, experts, plan, frozen=frozen, options=options)
     assert not [name for name, tensor in contents(refined).items() if is_there(tensor)], "left on the GPU"
 
 
 def contents(plan: LayerPlan) -> dict[str, Tensor]:
-    named = {name: getattr(plan, name) for name in ("assignment_E", "mixing_KE", "gain_E", "constant_CD", "static_K")}
+    names = ("assignment_E", "mixing_KE", "gain_E", "constant_CD", "static_K", "router_KD")
+    named = {name: getattr(plan, name) for name in names}
     return {name: value for name, value in named.items() if value is not None} | {**plan.weights, **plan.scores}
 
 
