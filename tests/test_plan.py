@@ -95,6 +95,7 @@ def plan_of(family: str, checkpoint: Checkpoint, calibrated: Checkpoint, **reque
         ({"method": "mc-smoe", "form": "expanded"}, "factors, which the expanded form cannot hold"),
         ({"method": "mone", "form": "expanded"}, "constants, which the expanded form cannot hold"),
         ({"method": "naee", "options": {"skip": "true"}, "refine": "refit"}, "skips experts at run time"),
+        ({"sample": 64}, "drawn anew only with --sequential"),
         ({"protect": ("0:8",)}, "LAYER:EXPERT of this model, not '0:8'"),
         ({"protect": ("2:0",)}, "not '2:0'"),
         ({"protect": ("everything",)}, "not 'everything'"),
@@ -114,6 +115,20 @@ def test_a_request_that_cannot_be_met_gets_one_sentence_and_no_folder(
 def test_fewer_experts_than_slots_are_fine_where_the_router_stays(checkpoint, calibrated):
     plan = plan_of("olmoe", checkpoint, calibrated, method="conmoe", keep="1")
     assert all(part.assignment_E.eq(0).all() for part in by_layer(plan).values())
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({"refine": "refit"}, "no token sample for --refine"),
+        ({"refine": "gains", "sequential": True}, "no token sample for --refine"),
+        ({"budget": "error", "form": "shared"}, "token sample, and there is none"),
+    ],
+)
+def test_what_needs_a_sample_says_so(request_, sentence, checkpoint, tmp_path):
+    conmoe.calibrate(checkpoint("olmoe"), tmp_path / "stats", token_data(4), conmoe.Calibration(sample=0, batch=4))
+    with pytest.raises(conmoe.UsageError, match=sentence):
+        conmoe.plan(checkpoint("olmoe"), tmp_path / "stats", None, conmoe.Request(method="reap", **request_))
 
 
 def test_statistics_of_another_model_are_refused(checkpoint, calibrated, tmp_path):

@@ -93,6 +93,7 @@ def plan(
         raise UsageError(f"{statistics} was made from another checkpoint than {model}; calibrate this one.")
     asked = check_request(source.layers, request)
     _check_needs(asked.method, read_layer(statistics, source.layers[0].index), statistics)
+    _check_sample(request, manifest, statistics)
     if out is not None:
         refuse_overlap(out, model)
     protected = _protected(source.layers, asked, statistics, request.protect)
@@ -330,6 +331,11 @@ def _check_needs(method: Method, found: LayerStatistics, folder: Path) -> None:
     missing = [name for name in method.needs if name not in ("sample", "weights") and name not in found.sums]
     if missing:
         raise UsageError(f"{folder} lacks the statistic {missing[0]!r}, which {method.name!r} needs; calibrate again.")
+
+
+def _check_sample(request: Request, manifest: Manifest, folder: Path) -> None:
+    if request.refine != NONE and not request.sample and not manifest.sample:
+        raise UsageError(f"{folder} has no token sample for --refine to fit; calibrate again, or use --refine none.")
 
 
 def _protected(layers: Sequence[MoeLayer], asked: Asked, folder: Path, protect: Sequence[str]) -> Protected:

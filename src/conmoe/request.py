@@ -93,6 +93,8 @@ def check_request(layers: Sequence[MoeLayer], request: Request) -> Asked:
         raise UsageError(f"--scope takes a number of neighbouring layers, not {request.scope}.")
     if request.sequential and request.scope > 1:
         raise UsageError("Layers that share a pool of prototypes are planned at once; use --scope 1 with --sequential.")
+    if request.sample and not request.sequential:
+        raise UsageError("A sample is drawn anew only with --sequential; without, leave --sample to conmoe calibrate.")
     planned = parse_layers(request.layers, layers)
     scopes = windows(planned, layers, request.scope)
     listed = parse_counts(request.budget)

@@ -115,6 +115,8 @@ def _measure(context: Context, scope: int, count: int) -> dict[str, float]:
     samples = [part.sample for part in known]
     _, wide = join_layers(known, experts)
     sizes = [len(sample.hidden_nD) for sample in samples]
+    if not all(sizes):
+        raise UsageError("The budget 'error' measures plans on the token sample, and there is none; calibrate again.")
     lost, whole = (value.split(sizes) for value in leftover(samples, experts, wide, plan))
     layers = list(zip(lost, whole, strict=True))
     found: dict[str, float] = {name: sum(weigh(*layer) for layer in layers) for name, weigh in WEIGHTS.items()}
