@@ -22,6 +22,7 @@ from conmoe.ops.answers import open_answers, prototype, square
 from conmoe.ops.experts import tensors
 from conmoe.ops.subsets import join_layers
 from conmoe.refine import refine
+from conmoe.request import check_refine_options
 from conmoe.types import ConmoeError, LayerPlan, Plan, ScopePlan, TokenSample, UsageError, sample_tensors
 from tests.layers import Layer, observe, prototypes, random_experts, with_rows
 from tests.slots import error, first, fitted_on, held_out, wanted
@@ -455,6 +456,21 @@ def test_it_works_where_gradients_are_switched_off():
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any]):
     with pytest.raises(UsageError, match="one step or more"):
         fitted(small(), remapped(), **options)
+
+
+@pytest.mark.parametrize(
+    ("refinement", "options", "sentence"),
+    [
+        ("reconstruct", {"steps": "0"}, "one step or more"),
+        ("gains", {"ridge": "-1"}, "a ridge of 0 or more, not -1"),
+        ("gains", {"ridge": "nan"}, "a ridge of 0 or more, not nan"),
+        ("refit", {"sweeps": "0"}, "one sweep or more, not 0"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_before_any_work(refinement: str, options: Mapping[str, str], sentence):
+    request = conmoe.Request(refine=refinement, refine_options=options)
+    with pytest.raises(UsageError, match=sentence):
+        check_refine_options(request)
 
 
 def named(layer_plan: LayerPlan) -> Plan:

@@ -102,6 +102,7 @@ class Refinement:
     name: str
     function: Callable[..., LayerPlan]
     options: Mapping[str, Option]
+    check: Callable[..., None] | None = None  # (**options) raises if they cannot be, before any work
 
     @property
     def help(self) -> str:
@@ -190,11 +191,11 @@ def budget(
     return register
 
 
-def refinement(name: str) -> Callable[[Function], Function]:
+def refinement(name: str, *, check: Callable[..., None] | None = None) -> Callable[[Function], Function]:
     """Register ``(answers, held_n, frozen, *, options) -> LayerPlan``; its options are those of a method."""
 
     def register(function: Function) -> Function:
-        _refinements.add(Refinement(name, function, _options(function)))
+        _refinements.add(Refinement(name, function, _options(function), check))
         return function
 
     return register
@@ -223,6 +224,8 @@ def bind_options(item: Method | Budget | Refinement, given: Mapping[str, str | A
         if name not in item.options:
             raise UsageError(unknown(f"option of {item.name}", name, item.options))
         values[name] = _convert(item.options[name], value)
+    if isinstance(item, Refinement) and item.check:
+        item.check(**values)
     return values
 
 

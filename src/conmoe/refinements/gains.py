@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import Annotated
 
 import torch
@@ -14,10 +15,16 @@ from conmoe.ops.answers import Answers, answer
 from conmoe.ops.least_squares import Gram
 from conmoe.ops.similarity import BLOCK_BYTES
 from conmoe.registry import refinement
-from conmoe.types import LayerPlan
+from conmoe.types import LayerPlan, UsageError
 
 
-@refinement("gains")
+def check(*, ridge: float) -> None:
+    """Raise a UsageError if the ridge is none: below 0 the problem has no least point to find."""
+    if not 0 <= ridge < inf:
+        raise UsageError(f"gains takes a ridge of 0 or more, not {ridge:g}.")
+
+
+@refinement("gains", check=check)
 def gains(
     answers: Answers,
     held_n: Tensor,

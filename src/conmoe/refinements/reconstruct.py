@@ -33,7 +33,16 @@ REPEATS = 4
 Values = dict[str, Tensor]
 
 
-@refinement("reconstruct")
+def check(*, steps: int, batch: int, rate: float, **_others: object) -> None:
+    """Raise a UsageError unless there is something to do, at a rate that means something."""
+    if steps < 1 or batch < 1 or not 0 < rate <= HIGHEST:
+        raise UsageError(
+            "reconstruct takes one step or more, a batch of one token or more, and a rate above 0, but no higher "
+            f"than {HIGHEST:g}."
+        )
+
+
+@refinement("reconstruct", check=check)
 def reconstruct(
     answers: Answers,
     held_n: Tensor,
@@ -63,11 +72,6 @@ def reconstruct(
     a look; in float32 on a CPU, in bfloat16 on a GPU. ``16 * 3 K D I`` bytes for weights, gradients and the two moments
     of Adam, half of that again for what is kept, and ``8 n D`` bytes of the layer's outputs.
     """
-    if steps < 1 or batch < 1 or not 0 < rate <= HIGHEST:
-        raise UsageError(
-            "reconstruct takes one step or more, a batch of one token or more, and a rate above 0, but no higher "
-            f"than {HIGHEST:g}."
-        )
     layer = _open(answers, held_n, frozen, router)
     start_n = answers.residual_nD[held_n].double().square().sum(dim=1)
     for repeat in range(1 + REPEATS):

@@ -12,14 +12,20 @@ from conmoe.ops import least_squares
 from conmoe.ops.answers import Answers, prototype, square, tokens_of
 from conmoe.ops.experts import expert_hidden
 from conmoe.registry import refinement
-from conmoe.types import LayerPlan
+from conmoe.types import LayerPlan, UsageError
 
 #: What a plan's own down projection counts for, in tokens per hidden unit: one sweep over the prototypes with each, for
 #: as long as the held-out error falls.
 RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03)
 
 
-@refinement("refit")
+def check(*, sweeps: int) -> None:
+    """Raise a UsageError unless there is a sweep to make."""
+    if sweeps < 1:
+        raise UsageError(f"refit takes one sweep or more, not {sweeps}.")
+
+
+@refinement("refit", check=check)
 def refit(
     answers: Answers,
     held_n: Tensor,
