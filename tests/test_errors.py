@@ -109,7 +109,7 @@ REQUESTS = {
     "scope": ((*COMPRESS, "--keep", "4", "--scope", "0"), ["--scope", "1"]),
     "scope no number": ((*COMPRESS, "--keep", "4", "--scope", "all"), ["--scope"]),
     "no data file": (("calibrate", OLMOE, "out", "--data", "txet.txt"), ["txet.txt", "did you mean text.txt?"]),
-    "no held-out file": ((*COMPRESS, "--keep", "4", "--eval-data", "none.txt"), ["none.txt: no such file"]),
+    "no held-out file": ((*COMPRESS, "--keep", "4", "--eval-data", "none.txt"), ["--eval-data none.txt: no such file"]),
     "too little text": (
         ("calibrate", OLMOE, "out", "--data", "text.txt", "--tokens", "100000", "--seq-len", "32"),
         ["text.txt holds 37,", "100,000 are needed", "--tokens"],

@@ -87,7 +87,7 @@ class TokenData:
         return self.ids_NS.numel()
 
 
-def parse_spec(text: str) -> DataSpec:
+def parse_spec(text: str, option: str = "--data") -> DataSpec:
     """``PATH_OR_HUB[@WEIGHT]`` -> :class:`DataSpec`, checked to exist where that takes no download."""
     source, weight = text, 1.0
     if "@" in text and not Path(text).is_file():
@@ -97,8 +97,8 @@ def parse_spec(text: str) -> DataSpec:
         except ValueError:
             weight = math.nan
         if not (math.isfinite(weight) and weight > 0):
-            raise UsageError(f"--data {text}: the weight after @ must be a number above 0, not {share!r}.")
-    check_source(source)
+            raise UsageError(f"{option} {text}: the weight after @ must be a number above 0, not {share!r}.")
+    check_source(source, option)
     return DataSpec(source, weight)
 
 

@@ -62,16 +62,16 @@ class Piece:
         return hashlib.sha1(content.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def check_source(source: str) -> None:
-    """Refuse, before any work, a file that is not there or that cannot be read as text."""
+def check_source(source: str, option: str = "--data") -> None:
+    """Refuse, before any work, a file that is not there or that cannot be read as text; ``option`` named it."""
     if source.startswith(HUB_PREFIX):
-        hub_address(source)
+        hub_address(source, option)
         return
     path = Path(source)
     if not path.is_file():
-        raise UsageError(f"--data {source}: {_why_no_file(path)}")
+        raise UsageError(f"{option} {source}: {_why_no_file(path)}")
     if not path.name.endswith(SUFFIXES):
-        raise UsageError(f"--data {source}: the file's name must end in one of {', '.join(SUFFIXES)}.")
+        raise UsageError(f"{option} {source}: the file's name must end in one of {', '.join(SUFFIXES)}.")
 
 
 def read_pieces(source: str, seed: int | None = None) -> Iterator[Piece]:
@@ -86,11 +86,11 @@ def read_pieces(source: str, seed: int | None = None) -> Iterator[Piece]:
     return _guarded(path, lambda: _text_pieces(path))
 
 
-def hub_address(source: str) -> tuple[str, str | None, str]:
+def hub_address(source: str, option: str = "--data") -> tuple[str, str | None, str]:
     """``hub:name[:config][:split]`` -> (name, config, split); a lone second part may be a split."""
     name, *rest = source.removeprefix(HUB_PREFIX).split(":")
     if not name or len(rest) > 2:
-        raise UsageError(f"--data {source}: a hub data set is written hub:name[:config][:split].")
+        raise UsageError(f"{option} {source}: a hub data set is written hub:name[:config][:split].")
     if len(rest) == 1 and rest[0] in _HUB_SPLITS:
         rest = ["", rest[0]]
     config, split = (*rest, "", "")[:2]

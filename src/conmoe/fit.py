@@ -97,7 +97,7 @@ def fit(source: Source, request: Request) -> Fitted:
     if place == 0:
         raise UsageError(
             f"--fit {request.fit} is less than the smallest that can be made, {shown(bytes_at(counts[0]))} with "
-            f"{counts[0]} experts a layer; allow more."
+            f"{counts[0]} expert{'s' * (counts[0] != 1)} a layer; allow more."
         )
     kept = counts[place - 1]
     asked = allowed[kept]

@@ -56,8 +56,8 @@ def read_data(
     )
 
 
-def read_specs(data: list[str] | None) -> list[DataSpec]:
-    return [parse_spec(text) for text in data or []]
+def read_specs(data: list[str] | None, option: str = "--data") -> list[DataSpec]:
+    return [parse_spec(text, option) for text in data or []]
 
 
 def read_depth(folder: Path, trust_remote_code: bool) -> int:

@@ -124,7 +124,7 @@ def read_domains(specs: list[str]) -> dict[str, str | None]:
     for text in specs:
         named = re.fullmatch(r"([\w.+-]+)=(.+)", text)
         name, spec = (named[1], named[2]) if named and not Path(text).is_file() else ("", text)
-        source = parse_spec(spec).source
+        source = parse_spec(spec, "--eval").source
         name = name or re.sub(r"(\.(txt|jsonl|parquet))?(\.(gz|xz))?$", "", source.split("/")[-1])
         if name in found:
             raise conmoe.UsageError(f"--eval has two domains {name!r}; name them: --eval NAME=SPEC.")

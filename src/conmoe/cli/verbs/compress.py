@@ -152,7 +152,7 @@ def compress(
     )
     calibration = conmoe.Calibration(settings.sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
     conmoe.check(folder, out, request, force=force)
-    read_specs(evaluate_data)
+    read_specs(evaluate_data, "--eval-data")
     text = read_data(folder, data, settings.tokens, seq_len, seed, trust_remote_code)
     held_out = None
     if evaluate_tokens:

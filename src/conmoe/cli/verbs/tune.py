@@ -122,7 +122,7 @@ def tune(
         prune_end=prune_end,
     )
     check(folder, out, options, against=source, force=force)
-    read_specs(evaluate_data)
+    read_specs(evaluate_data, "--eval-data")
     amount = tokens or (TOKENS if data else BUILTIN_TOKENS)
     text = read_data(folder, data, amount, seq_len, seed, trust_remote_code)
     held_out = None
