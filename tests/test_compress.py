@@ -91,6 +91,19 @@ def test_the_chain_ends_with_a_model_its_plan_and_what_it_cost(checkpoint, tmp_p
     assert again == result.fidelity
 
 
+def test_results_say_how_the_plan_was_refined_and_on_what_it_was_measured(checkpoint, tmp_path):
+    request = conmoe.Request(refine="reconstruct", refine_options={"steps": "2"}, sequential=True, sample=64)
+    text = token_data(4, 24, seed=9)
+    compress(checkpoint, tmp_path, "half", request=request, held_out=text)
+    written = json.loads((tmp_path / "half" / RESULTS).read_text())
+    assert (written["refine"], written["refine_options"]["steps"], written["sequential"]) == ("reconstruct", 2, 64)
+    assert written["held_out"] == [part.source for part in text.sources]
+    assert written["held_out"]
+    compress(checkpoint, tmp_path, "unmeasured")
+    plain = json.loads((tmp_path / "unmeasured" / RESULTS).read_text())
+    assert (plain["refine"], plain["refine_options"], plain["sequential"], plain["held_out"]) == ("none", {}, 0, [])
+
+
 def test_one_calibration_serves_every_plan(checkpoint, tmp_path, monkeypatch):
     compress(checkpoint, tmp_path, "half")
     with monkeypatch.context() as patched:

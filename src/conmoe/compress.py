@@ -57,6 +57,7 @@ class Result:
     fidelity: Fidelity | None
     approximate: bool
     warnings: tuple[Advice, ...] = ()  # of the doctor, at first look
+    held_out: tuple[str, ...] = ()  # texts that the fidelity was measured on
 
     def as_json(self) -> dict[str, Any]:
         record = plan_record(self.plan).model_dump(mode="json")
@@ -72,9 +73,12 @@ class Result:
             "budget_options": record["budget_options"],
             "options": record["options"],
             "refine": self.plan.refine,
+            "refine_options": record["refine_options"],
+            "sequential": record["sequential"],
             "protected": record["protected"],
             "predicted_error": {str(scope["layers"][0]): scope["predicted_error"] for scope in record["scopes"]},
             "calibration": self.manifest.model_dump(mode="json", exclude={"documents"}),
+            "held_out": list(self.held_out),
             "fidelity": self.fidelity.as_json() if self.fidelity else None,
             "warnings": [advice.model_dump(mode="json") for advice in self.warnings],
             "calibration_documents": list(self.manifest.documents),
@@ -161,9 +165,9 @@ def compress(
                     advance=advance,
                 )
         warnings = first_look(source, statistics, made)
-        result = Result(
-            replace(applied, folder=out), made, manifest, fidelity, is_approximate(made, applied.form), warnings
-        )
+        texts = tuple(part.source for part in held_out.sources) if held_out is not None else ()
+        approximate = is_approximate(made, applied.form)
+        result = Result(replace(applied, folder=out), made, manifest, fidelity, approximate, warnings, texts)
         write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
     return result
 
