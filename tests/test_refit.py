@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import conmoe
@@ -281,3 +282,17 @@ def test_every_method_can_be_refined_or_says_why_not(name: str, checkpoint: Chec
         kept = protected.weights["down_EDI"][int(protected.assignment_E[1])]
         assert torch.equal(kept, read_experts(source, source.layers[0]).down_EDI[1])
         assert group(made) == "closed form"
+
+
+def test_a_refitted_weight_that_was_altered_is_found(checkpoint, calibrated, tmp_path):
+    folder, out = checkpoint("olmoe"), tmp_path / "out"
+    plan = conmoe.plan(folder, calibrated("olmoe"), request=conmoe.Request(refine="refit"))
+    applied = conmoe.apply(folder, plan, out)
+    conmoe.verify(out, folder, plan, applied.form)
+    file = out / "model.safetensors"
+    tensors_of_file = load_file(file)
+    name = next(name for name in tensors_of_file if "experts" in name and "down_proj" in name)
+    tensors_of_file[name].view(-1)[0] += 1
+    save_file(tensors_of_file, file, metadata={"format": "pt"})
+    with pytest.raises(conmoe.ConmoeError, match="damaged"):
+        conmoe.verify(out, folder, plan, applied.form)

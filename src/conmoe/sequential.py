@@ -41,9 +41,10 @@ class Passage:
         work: Path,
         *,
         drift: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         self._source, self._ids_NS, self._device, self._work = source, ids_NS, device, work
-        self._limit = sample
+        self._limit, self._trust = sample, trust_remote_code
         N, S = ids_NS.shape
         self._priority_NS, self._bound = draw(N, S, sample, seed)
         self._place = work / "next"
@@ -96,6 +97,7 @@ class Passage:
             "shared",
             dtype=self._source.model.dtype,
             experts_implementation=IMPLEMENTATION,
+            trust_remote_code=self._trust,
         )
         self._run(made, index, index + 1)
 
@@ -152,4 +154,6 @@ def open_passage(
     )
     work.mkdir(parents=True, exist_ok=True)
     limit = sample or manifest.sample
-    return Passage(streamed, ids_NS, manifest.seed, limit, device, work, drift=drift)
+    return Passage(
+        streamed, ids_NS, manifest.seed, limit, device, work, drift=drift, trust_remote_code=trust_remote_code
+    )

@@ -14,7 +14,7 @@ from conmoe.checkpoint import read_module
 from conmoe.folding import Folding, fold
 from conmoe.forms import stored_experts
 from conmoe.moe import MoeLayer
-from conmoe.outputs import fitted_rows, map_name, maps, router_rows
+from conmoe.outputs import fitted_rows, forget_prototypes, map_name, maps, plan_outputs, router_rows
 from conmoe.preview import preview
 from conmoe.registry import Form
 from conmoe.runtime import register_family
@@ -35,8 +35,8 @@ def verify(
 ) -> None:
     """Check that ``result`` is what ``plan`` says.
 
-    Its headers must describe a loadable model; every tensor that the plan keeps must equal the source's byte for byte;
-    maps must equal the plan's; a short text must run through it without NaN.
+    Its headers must describe a loadable model; every tensor that the plan keeps must equal the source's byte for byte,
+    and every other what the plan makes; maps must equal the plan's; a short text must run through it without NaN.
 
     Raises:
         ConmoeError: it is not.
@@ -48,6 +48,7 @@ def verify(
     layers = {layer.index: layer for layer in source.layers}
     rows, fitted = router_rows(source, plan, form), fitted_rows(source, plan, form)
     folding = fold(source, plan) if form == "sliced" else Folding({}, {}, ())
+    computed = {output.name: output for output in plan_outputs(source, plan, form)[0]}
     folded = {output.name: output for outputs in folding.replaced.values() for output in outputs}
     for target, pieces in made.layout.sources.items():
         if pieces[0].entry.name in folded:
@@ -59,7 +60,8 @@ def verify(
         scope = scopes.get(layer.index) if layer else None
         if layer is not None and scope is not None and target in source.layout.sources:
             for piece in pieces:
-                _check_expert(source, layer, scope, form, target, piece.entry, piece.pattern, piece.expert)
+                if not _check_expert(source, layer, scope, form, target, piece.entry, piece.pattern, piece.expert):
+                    _same(piece.entry, computed[piece.entry.name])
                 advance(piece.entry.nbytes)
         elif target in source.layout.sources:
             for new, old in zip(pieces, source.layout.sources[target], strict=True):
@@ -77,6 +79,7 @@ def verify(
             _check_maps(source, made, layer, scopes.get(index))
     if folding.blocks:
         _check_folded(source, made, plan, folding.blocks)
+    forget_prototypes()
     _check_forward(made)
 
 
@@ -89,14 +92,16 @@ def _check_expert(
     entry: Held,
     pattern: str | None,
     expert: int | None,
-) -> None:
-    """Each stored expert that is a copy must be one."""
+) -> bool:
+    """Each stored expert that is a copy must be one; whether all of them are."""
     stored = stored_experts(layer, scope, form)
     name = target.removeprefix(f"{layer.experts}.")
     by_index = {other.index: other for other in source.layers}
+    copies = True
     for slot in range(len(stored.prototype_S)) if expert is None else [expert]:
         origin = stored.origin(slot)
         if origin is None:
+            copies = False
             continue
         home = by_index[scope.layers[origin // layer.logical]]
         pieces = source.layout.sources[f"{home.experts}.{name}"]
@@ -107,6 +112,7 @@ def _check_expert(
         else:
             (old,) = [piece.entry for piece in pieces if piece.pattern == pattern and piece.expert == number]
             _same(entry, old)
+    return copies
 
 
 def _same(new: Held, old: Held, new_start: int = 0, old_start: int = 0, nbytes: int | None = None) -> None:
