@@ -544,7 +544,19 @@ def test_budgets_and_layers_on_the_command_line(model, statistics, tmp_path, cap
 
 def test_compress_takes_a_budget(model, tmp_path, capsys):
     text = write_text(tmp_path)
-    words = ["--method", "reap", "--layers", "1-3", "--budget", "dominant", "--keep", "0.6", "--json"]
+    words = [
+        "--method",
+        "reap",
+        "--refine",
+        "none",
+        "--layers",
+        "1-3",
+        "--budget",
+        "dominant",
+        "--keep",
+        "0.6",
+        "--json",
+    ]
     small = ["--data", text, "--tokens", "256", "--seq-len", "32", "--eval-tokens", "128", "--sample", "64"]
     done = runner(capsys)("compress", model, tmp_path / "out", *words, *small)
     assert done.code == 0, done.err

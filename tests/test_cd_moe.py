@@ -23,7 +23,7 @@ from conmoe.observe import IMPLEMENTATION
 from conmoe.ops import plans
 from conmoe.ops.divergence import jensen_shannon
 from conmoe.source import open_source
-from conmoe.types import LayerPlan, Plan, TokenSample, UsageError
+from conmoe.types import LayerPlan, Plan, TokenSample, UsageError, sample_tensors
 from tests.conftest import token_data
 from tests.families import EXPERTS, TINY, TOP_K, save_tiny
 from tests.layers import Layer, answer, observe, random_experts, with_rows
@@ -178,7 +178,7 @@ def test_fitted_gates_leave_less_squared_error_than_mean_gates(seed: int):
 def test_no_expert_may_stay_and_then_nothing_is_needed():
     layer = layer_with_rest()
     sample = layer.statistics.sample
-    empty = TokenSample(*(getattr(sample, name)[:0] for name in TokenSample.__dataclass_fields__))
+    empty = TokenSample(**{name: value[:0] for name, value in sample_tensors(sample).items()})
     statistics = replace(layer.statistics, sample=empty)
     plan = cd_moe(statistics, layer.experts, 0)
     assert plan.static_K is not None

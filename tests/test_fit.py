@@ -118,7 +118,7 @@ def _check_promise(model, statistics, request, tmp_path):
             assert (found.kept, found.bytes, found.form) == (keep, done.bytes, done.form)
             assert (found.request.keep, found.request.fit) == (str(keep), "")
     smallest = by_keep[min(by_keep)].bytes
-    with pytest.raises(conmoe.UsageError, match=rf"smallest that can be made, .* with {min(by_keep)} experts a layer"):
+    with pytest.raises(conmoe.UsageError, match=rf"smallest that can be made, .* with {min(by_keep)} experts? a layer"):
         asked(model, **request, fit=f"{smallest - 1}B")
 
 

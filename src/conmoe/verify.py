@@ -61,7 +61,7 @@ def verify(
         if layer is not None and scope is not None and target in source.layout.sources:
             for piece in pieces:
                 if not _check_expert(source, layer, scope, form, target, piece.entry, piece.pattern, piece.expert):
-                    _same(piece.entry, computed[piece.entry.name])
+                    _same(piece.entry, computed[piece.entry.name], against="what the plan makes")
                 advance(piece.entry.nbytes)
         elif target in source.layout.sources:
             for new, old in zip(pieces, source.layout.sources[target], strict=True):
@@ -115,11 +115,20 @@ def _check_expert(
     return copies
 
 
-def _same(new: Held, old: Held, new_start: int = 0, old_start: int = 0, nbytes: int | None = None) -> None:
+def _same(
+    new: Held,
+    old: Held,
+    new_start: int = 0,
+    old_start: int = 0,
+    nbytes: int | None = None,
+    *,
+    against: str = "",
+) -> None:
     length = new.nbytes if nbytes is None else nbytes
     pairs = zip(raw_chunks(new, new_start, length), raw_chunks(old, old_start, length), strict=True)
     if new.dtype != old.dtype or (nbytes is None and new.nbytes != old.nbytes) or any(a != b for a, b in pairs):
-        raise ConmoeError(f"{new.name} in {new.file} differs from the source's {old.name}; the result is damaged.")
+        against = against or f"the source's {old.name}"
+        raise ConmoeError(f"{new.name} in {new.file} differs from {against}; the result is damaged.")
 
 
 def _same_rows(new: Held, old: Held, axis: int, rows: Tensor) -> None:
