@@ -35,6 +35,7 @@ from conmoe.moe import count_field
 from conmoe.outputs import forget_prototypes, plan_outputs
 from conmoe.registry import Form
 from conmoe.report.card import model_card
+from conmoe.report.numbers import size
 from conmoe.shards import (
     write_shards,
 )
@@ -140,8 +141,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed - there:
         raise ConmoeError(
-            f"The disk of {folder.parent} has {free / 1e9:.1f} GB free, "
-            f"the result needs {(needed - there) / 1e9:.1f} GB more."
+            f"The disk of {folder.parent} has {size(free)} free, the result needs {size(needed - there)} more."
         )
 
 
@@ -160,7 +160,7 @@ def result_config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) 
         return {**config, **fold(source, plan).changes, **dict.fromkeys(counts, left)}
     logical = source.layers[0].logical
     pools = _pools(source, plan)
-    sizes = [size for _, size in pools.values()] if pools else [plan.scopes[0].plan.mixing_KE.shape[0]]
+    sizes = [count for _, count in pools.values()] if pools else [plan.scopes[0].plan.mixing_KE.shape[0]]
     return runtime.shared_config(
         config | dict.fromkeys(counts, logical),
         source.config.model_type,
