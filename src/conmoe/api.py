@@ -27,6 +27,7 @@ from conmoe.registry import budgets, methods, refinements, statistics
 from conmoe.request import Request
 from conmoe.results import Bench, load_bench
 from conmoe.runtime import register as _register
+from conmoe.selftext import write_text
 from conmoe.tune import Tuned, Tuning, tune
 from conmoe.types import ConmoeError, UsageError
 from conmoe.verify import verify
@@ -84,4 +85,5 @@ __all__ = [
     "tune",
     "verify",
     "write_json",
+    "write_text",
 ]

@@ -8,6 +8,7 @@ FILES = (
     "methods",
     "budgets",
     "refinements",
+    "write_text",
     "calibrate",
     "plan",
     "doctor",
