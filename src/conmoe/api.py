@@ -24,6 +24,7 @@ from conmoe.inspect import Inspection, inspect
 from conmoe.locate import locate
 from conmoe.plan import plan
 from conmoe.registry import budgets, methods, refinements, statistics
+from conmoe.report.write import headline, verdict, write_report
 from conmoe.request import Request
 from conmoe.results import Bench, load_bench
 from conmoe.runtime import register as _register
@@ -67,6 +68,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "generate",
+    "headline",
     "inspect",
     "load_bench",
     "load_tokenizer",
@@ -83,7 +85,9 @@ __all__ = [
     "settle",
     "statistics",
     "tune",
+    "verdict",
     "verify",
     "write_json",
+    "write_report",
     "write_text",
 ]

@@ -35,6 +35,7 @@ from conmoe.observe import IMPLEMENTATION
 from conmoe.parallel import refuse_several
 from conmoe.progress import SILENT, Progress
 from conmoe.report.bench import markdown
+from conmoe.report.write import REPORT_HTML, write_default
 from conmoe.results import BENCH_JSON, BENCH_MD, Bench, CalibrationRecord, Domain, Row, Run, load_bench, summarise
 from conmoe.source import Source, check_compressible, open_source
 from conmoe.trial import WORK, Job, Passed, run_once, run_trial, statistics_folder, versions
@@ -55,6 +56,7 @@ def bench(
     *,
     options: Calibration = Calibration(),
     command: str = "",
+    report: bool = True,
     force: bool = False,
 ) -> Bench:
     """Plan with every candidate at every budget after every calibration, and measure each result on every domain.
@@ -69,6 +71,7 @@ def bench(
         progress: where the stages report to.
         options: sample, device and dtype; the seed is that of each text.
         command: what was typed, for the record.
+        report: also draw it, if ``conmoe[report]`` is installed.
         force: replace a table that answers another question.
 
     Returns:
@@ -124,6 +127,8 @@ def bench(
     )
     write_atomic(out / BENCH_JSON, table.model_dump_json(indent=1) + "\n")
     write_atomic(out / BENCH_MD, markdown(table))
+    if report:
+        write_default(out, out / REPORT_HTML, f"Bench of {model.name}", progress)
     return table
 
 

@@ -35,11 +35,14 @@ from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan
+from conmoe.portrait import REPORT_JSON, Lost, portray
 from conmoe.progress import SILENT
 from conmoe.progress import Progress as Progress
 from conmoe.registry import Form
+from conmoe.report.write import REPORT_HTML, write_default
 from conmoe.request import Request, check_request
 from conmoe.source import check_compressible, open_source
+from conmoe.trial import versions
 from conmoe.types import ConmoeError, Plan, UsageError
 from conmoe.verify import verify
 
@@ -58,6 +61,7 @@ class Result:
     approximate: bool
     warnings: tuple[Advice, ...] = ()  # of the doctor, at first look
     held_out: tuple[str, ...] = ()  # texts that the fidelity was measured on
+    command: str = ""  # what was typed
 
     def as_json(self) -> dict[str, Any]:
         record = plan_record(self.plan).model_dump(mode="json")
@@ -84,6 +88,8 @@ class Result:
             "calibration_documents": list(self.manifest.documents),
             "dropped_tensors": list(self.applied.dropped),
             "version": self.plan.version,
+            "versions": versions(),
+            "command": self.command,
         }
 
 
@@ -99,6 +105,8 @@ def compress(
     form: Form | None = None,
     held_out: TokenData | None = None,
     verified: bool = True,
+    report: bool = True,
+    command: str = "",
     force: bool = False,
 ) -> Result:
     """Make a smaller checkpoint and measure what it cost.
@@ -114,6 +122,8 @@ def compress(
         form: how to store the result; by default what suits the method.
         held_out: tokens to measure fidelity on; None to measure nothing.
         verified: load the result and compare it with the plan.
+        report: keep what a report needs beside the result, and write it if ``conmoe[report]`` is installed.
+        command: what was typed, for the record.
         force: replace ``out`` if it exists.
     """
     refuse_several("compress")
@@ -152,8 +162,9 @@ def compress(
         if verified:
             with progress.stage("verify", applied.bytes, "bytes") as advance, _spoiled_by_error(applied.folder):
                 verify(applied.folder, model, made, applied.form, trust_remote_code=trust, advance=advance)
-        fidelity = None
+        fidelity = lost = None
         if held_out is not None:
+            lost = Lost(held_out, model, trust_remote_code=trust) if report else None
             with progress.stage("evaluate", 2 * held_out.tokens * depth, "tokens x layers") as advance:
                 fidelity = evaluate(
                     applied.folder,
@@ -163,12 +174,20 @@ def compress(
                     dtype=calibration.dtype,
                     trust_remote_code=trust,
                     advance=advance,
+                    watch=lost,
                 )
         warnings = first_look(source, statistics, made)
         texts = tuple(part.source for part in held_out.sources) if held_out is not None else ()
         approximate = is_approximate(made, applied.form)
-        result = Result(replace(applied, folder=out), made, manifest, fidelity, approximate, warnings, texts)
+        result = Result(replace(applied, folder=out), made, manifest, fidelity, approximate, warnings, texts, command)
         write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
+        if report:
+            with progress.stage("report", sum(len(scope.layers) for scope in made.scopes), "layers") as advance:
+                seen = portray(
+                    source, statistics, made, lost=lost, command=command, device=calibration.device, advance=advance
+                )
+            write_atomic(applied.folder / PLAN_FOLDER / REPORT_JSON, seen.model_dump_json() + "\n")
+            write_default(applied.folder, applied.folder / PLAN_FOLDER / REPORT_HTML, out.name, progress)
     return result
 
 

@@ -21,7 +21,7 @@ from conmoe.diagnosis import FITTED, NOISY, Advice, Diagnosis, Estimate, Halves,
 from conmoe.forms import without_map
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import tensors
-from conmoe.ops.halves import answers_alike, first_half, kept_alike, part, recount
+from conmoe.ops.halves import answers_alike, first_drawn, first_half, kept_alike, part, recount
 from conmoe.ops.leftover import leftover, ratio, reached
 from conmoe.ops.subsets import join_layers
 from conmoe.parallel import refuse_several
@@ -113,6 +113,11 @@ def first_look(source: Source, statistics: Path, made: Plan) -> tuple[Advice, ..
     return advise(uses, planned, fits=fits_sample(made))
 
 
+def glance(source: Source, statistics: Path, made: Plan, scope: ScopePlan, *, tokens: int, device: str) -> Planned:
+    """What :func:`doctor` finds of one scope, on ``tokens`` of the sample, its halves without the refinement."""
+    return _examine(_Patient(source, statistics, None, replace(made, refine=NONE), True, device, tokens), scope)
+
+
 def layer_use(layer: int, statistics: LayerStatistics) -> Use:
     """How evenly, and how well, the calibration text covers the experts of one layer."""
     count_E = statistics.sums["count"].double()
@@ -149,6 +154,11 @@ class _Patient:
     made: Plan
     halves: bool
     device: str
+    tokens: int = 0  # of the sample that are looked at, 0: all
+
+    def read(self, layer: MoeLayer) -> LayerStatistics:
+        found = read_layer(self.statistics, layer.index)
+        return _on(replace(found, sample=first_drawn(found.sample, self.tokens)) if self.tokens else found, self.device)
 
     def layers(self, scope: ScopePlan) -> list[MoeLayer]:
         by_index = {layer.index: layer for layer in self.source.layers}
@@ -184,11 +194,11 @@ def _examine(patient: _Patient, scope: ScopePlan) -> Planned:
     """One scope: its plan on the sample and on other text, and what becomes of it on each half of the sample."""
     layers, plan = patient.layers(scope), scope.plan
     if plan.mixing_KE.shape[0] == plan.assignment_E.numel():
-        known = [read_layer(patient.statistics, layer.index) for layer in layers]
+        known = [patient.read(layer) for layer in layers]
         wide, outline = join_layers(known, [outline_experts(patient.source, layer) for layer in layers])
         return _sized(patient.made, scope, wide, outline)
     experts = [_moved(read_experts(patient.source, layer), patient.device) for layer in layers]
-    known = [_on(read_layer(patient.statistics, layer.index), patient.device) for layer in layers]
+    known = [patient.read(layer) for layer in layers]
     wide, wide_experts = join_layers(known, experts)
     found = _sized(patient.made, scope, wide, wide_experts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,11 @@ class Bars:
 
     def note(self, text: str) -> None:
         stderr.print(text, style="dim", soft_wrap=True)
+
+
+def command() -> str:
+    """What was typed, for the record."""
+    return shlex.join(["conmoe", *sys.argv[1:]])
 
 
 def say(text: str) -> None:

@@ -16,6 +16,7 @@ from conmoe.report.numbers import with_error
 if TYPE_CHECKING:
     from conmoe.diagnosis import Diagnosis, Estimate
     from conmoe.evaluate import Fidelity, Measured
+    from conmoe.report.gather import Run
 
 
 def fidelity_table(title: str, rows: Sequence[tuple[str, str, Fidelity]]) -> Group:
@@ -36,6 +37,26 @@ def fidelity_table(title: str, rows: Sequence[tuple[str, str, Fidelity]]) -> Gro
     what = "KL and loss" if paired else "Loss"
     note = Text(f"{what} in nats per token; ± one standard error over sequences.", style="dim")
     return Group(Text(title, style="italic"), table, note)
+
+
+def runs_table(runs: Sequence[Run]) -> Group:
+    """What a report shows first, narrow enough for 80 characters."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("#", justify="right")
+    table.add_column("result", overflow="fold", min_width=10)
+    for heading in ("size", "of source", "KL", "agreement"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, run in enumerate(runs, start=1):
+        kl, agreement = run.numbers.get("kl"), run.numbers.get("top1_agreement")
+        table.add_row(
+            str(number),
+            f"{run.name} failed" if run.error else run.name,
+            size(run.bytes) if run.bytes else "-",
+            f"{run.share:.1%}" if run.share else "-",
+            with_error(kl.value, kl.stderr) if kl else "-",
+            with_error(agreement.value, agreement.stderr, percent=True) if agreement else "-",
+        )
+    return Group(table, Text("KL in nats per token; ± one standard error.", style="dim"))
 
 
 def facts(title: str, rows: list[tuple[str, str]]) -> Table:

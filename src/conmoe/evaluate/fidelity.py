@@ -24,6 +24,10 @@ from conmoe.source import Source, open_source
 from conmoe.stream import LOGIT_TOKENS, Stream, open_stream
 from conmoe.types import UsageError
 
+#: Told of every sequence that is compared: its number, and of its ``S`` positions the KL, the most likely next token of
+#: the source, and that of the model.
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
+
 #: Tensors of a consolidated checkpoint that say where things are, not what they weigh.
 _TABLES = ("expert_map", "expert_gain", "expert_skip", "static_gate", "gate_index", "up_index", "down_index")
 
@@ -73,6 +77,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     advance: Callable[[int], None] = lambda tokens: None,
+    watch: Watch | None = None,
 ) -> Fidelity:
     """Measure ``model`` on held-out text, and its distance from ``against``.
 
@@ -84,6 +89,7 @@ def evaluate(
         dtype: in which to compute; by default each checkpoint's own.
         trust_remote_code: run modelling code that comes with a checkpoint.
         advance: called with the number of tokens that passed one more layer of either model.
+        watch: told of every sequence of this process's share, where there is a source to compare with.
     """
     sources = [
         open_source(folder, dtype=dtype, experts_implementation=IMPLEMENTATION, trust_remote_code=trust_remote_code)
@@ -93,7 +99,7 @@ def evaluate(
     check_vocabularies(sources, data)
     with ExitStack() as stack:
         passed = stack.enter_context(run_through(sources[1], data, device, advance)) if against else None
-        return measure(sources[0], data, passed, device=device, advance=advance)
+        return measure(sources[0], data, passed, device=device, advance=advance, watch=watch)
 
 
 @contextmanager
@@ -114,12 +120,13 @@ def measure(
     *,
     device: str = "cpu",
     advance: Callable[[int], None] = lambda tokens: None,
+    watch: Watch | None = None,
 ) -> Fidelity:
     """Like :func:`evaluate`, of an opened model, and against a source that the text has already run through."""
     ranks = Ranks.join()
     with run_through(model, data, device, advance) as stream:
         streams = [stream] if against is None else [stream, against]
-        rows = ranks.gather_rows(_score(streams, stream.ids_NS))
+        rows = ranks.gather_rows(_score(streams, stream.ids_NS, watch))
     return _summary(torch.cat(rows) if rows else torch.zeros(0, 4), data, [each.source for each in streams])
 
 
@@ -136,37 +143,40 @@ def check_vocabularies(sources: list[Source], data: TokenData) -> None:
         )
 
 
-def _score(streams: list[Stream], ids_NS: Tensor) -> Tensor:
+def _score(streams: list[Stream], ids_NS: Tensor, watch: Watch | None = None) -> Tensor:
     """Per sequence: loss, source loss, KL, agreement (the last three NaN without a source)."""
     rows = []
     with ExitStack() as stack:
         heads = [stack.enter_context(stream.head()) for stream in streams]
         for n, ids_S in enumerate(ids_NS):
             finals = [stream.final(n, n + 1) for stream in streams]
-            totals = torch.zeros(4, dtype=torch.float64)
+            totals, seen = torch.zeros(4, dtype=torch.float64), []
             for start in range(0, len(ids_S), LOGIT_TOKENS):
                 chunk = slice(start, start + LOGIT_TOKENS)
                 logp = [
                     head(final[:, chunk])[0].float().log_softmax(-1) for head, final in zip(heads, finals, strict=True)
                 ]
-                totals += _chunk_totals(logp, ids_S[start + 1 : start + LOGIT_TOKENS + 1])
+                next_ids = ids_S[start + 1 : start + LOGIT_TOKENS + 1].to(logp[0].device)
+                losses = [-part[: len(next_ids)].gather(1, next_ids[:, None]).sum(dtype=torch.float64) for part in logp]
+                if len(logp) == 1:
+                    totals += torch.stack([losses[0].cpu(), *[torch.tensor(math.nan, dtype=torch.float64)] * 3])
+                    continue
+                kl_S, source_S, model_S = compare(*logp)
+                agree = (model_S == source_S).sum().double()
+                totals += torch.stack([*losses, kl_S.sum(dtype=torch.float64), agree]).cpu()
+                seen.append((kl_S.cpu(), source_S.cpu(), model_S.cpu()))
+            if watch and seen:
+                watch(n, *(torch.cat(parts) for parts in zip(*seen, strict=True)))
             S = len(ids_S)
             rows.append(totals / torch.tensor([S - 1, S - 1, S, S]))
     return torch.stack(rows)
 
 
-def _chunk_totals(logp: list[Tensor], next_ids: Tensor) -> Tensor:
-    """Sums over a chunk of negative log likelihood (model, source), KL and agreement."""
-    next_ids = next_ids.to(logp[0].device)
-    losses = [-part[: len(next_ids)].gather(1, next_ids[:, None]).sum(dtype=torch.float64) for part in logp]
-    if len(logp) == 1:
-        return torch.stack([losses[0].cpu(), *[torch.tensor(math.nan, dtype=torch.float64)] * 3])
-    model, source = logp
-    agree = (model.argmax(-1) == source.argmax(-1)).sum().double()
+def compare(model_SV: Tensor, source_SV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(source || model) at each position, and the most likely tokens of source and model, from log-probabilities."""
     # A token that the source rules out contributes nothing, whatever the model says; anything else not finite shows.
-    terms = (source.exp() * (source - model)).masked_fill(source == -math.inf, 0.0)
-    kl = terms.sum(dtype=torch.float64)
-    return torch.stack([losses[0], losses[1], kl, agree]).cpu()
+    terms_SV = (source_SV.exp() * (source_SV - model_SV)).masked_fill(source_SV == -math.inf, 0.0)
+    return terms_SV.sum(dim=-1, dtype=torch.float64), source_SV.argmax(-1), model_SV.argmax(-1)
 
 
 def _summary(rows: Tensor, data: TokenData, sources: list[Source]) -> Fidelity:

@@ -24,6 +24,13 @@ def first_half(sample: TokenSample) -> Tensor:
     return sample.priority_n.argsort(stable=True).argsort(stable=True) % 2 == 0
 
 
+def first_drawn(sample: TokenSample, tokens: int) -> TokenSample:
+    """The ``tokens`` tokens of lowest priority, in their order: what a smaller sample would have been."""
+    chosen_n = torch.zeros(sample.priority_n.numel(), dtype=torch.bool)
+    chosen_n[sample.priority_n.argsort(stable=True)[:tokens]] = True
+    return part(sample, chosen_n)
+
+
 def part(sample: TokenSample, chosen_n: Tensor) -> TokenSample:
     """The tokens ``chosen_n`` (a mask) of a sample."""
     return replace(sample, **{name: value[chosen_n] for name, value in sample_tensors(sample).items()})

@@ -17,6 +17,7 @@ FILES = (
     "tune",
     "evaluate",
     "bench",
+    "report",
     "generate",
     "demo",
 )

@@ -68,6 +68,7 @@ def bench(
     ] = 16384,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not write DIR/report.html.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the table of another bench.")] = False,
     json: Json = False,
     trust_remote_code: Remote = False,
@@ -102,6 +103,7 @@ def bench(
         console.Bars(),
         options=options,
         command=shlex.join(["conmoe", "bench", *context.meta[WORDS]]),
+        report=not no_report,
         force=force,
     )
     for name, domain in made.evaluation.items():

@@ -105,6 +105,9 @@ def compress(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not load the result and compare it with the plan.")
     ] = False,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Do not write OUT/conmoe/report.html, nor what it is drawn from.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
@@ -172,6 +175,8 @@ def compress(
         form=request.form,
         held_out=held_out,
         verified=not no_verify,
+        report=not no_report,
+        command=console.command(),
         force=force,
     )
     if work is None:
@@ -193,3 +198,5 @@ def _finish(out: Path, result: conmoe.Result, json: bool) -> None:
         rows = [(out.name, result.applied.form, result.fidelity)]
         console.stdout.print(tables.fidelity_table(f"{result.fidelity.tokens:,} held-out tokens", rows))
     say(f"{out}: {tables.size(result.applied.bytes)} of {tables.size(result.applied.source_bytes)}.")
+    if (page := out / "conmoe" / "report.html").is_file():
+        say(f"The report is in {page}.")

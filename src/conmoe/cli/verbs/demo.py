@@ -32,7 +32,7 @@ def demo(
         console.stdout.print(title, style="bold")
         console.stdout.print(conmoe.DEMO_PROMPT + text + "\n", soft_wrap=True)
     for line in (
-        f"Checkpoints, statistics and results.json are in {out}. Next, on a real model:",
+        f"Checkpoints, statistics, results.json and report.html are in {out}. Next, on a real model:",
         "  conmoe inspect allenai/OLMoE-1B-7B-0125",
         "  conmoe compress allenai/OLMoE-1B-7B-0125 olmoe-half --keep 0.5 --data YOUR-TEXT.jsonl",
     ):

@@ -1,0 +1,260 @@
+"""What a report shows, read from the files of results: runs, with every number and its standard error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from conmoe.diagnosis import Diagnosis
+from conmoe.portrait import REPORT_JSON, Portrait, load_portrait
+from conmoe.report.bench import facts as bench_facts
+from conmoe.results import BENCH_JSON, Bench, load_bench
+from conmoe.types import ConmoeError, UsageError
+
+#: Where a result keeps what was measured, and a demo all of its results.
+RESULT, DEMO = Path("conmoe", "results.json"), "results.json"
+#: The numbers of a fidelity that are shown, by their names in the files.
+MEASURED = ("kl", "top1_agreement", "excess_loss", "perplexity")
+#: What ``conmoe evaluate`` adds on request.
+PARTS = ("domains", "tasks", "generation", "speed")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A mean and its standard error, None where it cannot be known."""
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One result: how large it is, how far from its source, and how it was made."""
+
+    name: str
+    form: str = ""
+    method: str = ""
+    keep: str = ""
+    group: str = ""
+    bytes: float | None = None
+    source_bytes: float | None = None
+    numbers: Mapping[str, Figure] = field(default_factory=dict)  # of MEASURED
+    domains: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)  # tasks, generation, speed, as they were written
+    facts: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+    portrait: Portrait | None = None
+    folder: Path | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Of the source's bytes."""
+        return self.bytes / self.source_bytes if self.bytes and self.source_bytes else None
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Everything that was given, in its order."""
+
+    runs: tuple[Run, ...]
+    benches: tuple[tuple[str, str], ...] = ()  # name and facts, in Markdown
+    diagnoses: tuple[Diagnosis, ...] = ()
+
+
+def gather(paths: Sequence[Path]) -> Findings:
+    """Read results, benches, evaluations and what the doctor said.
+
+    Args:
+        paths: folders of ``conmoe compress``, ``conmoe bench`` or ``conmoe demo``; files that ``conmoe evaluate
+            --output`` or ``conmoe doctor --json`` wrote. An evaluation of a result that is given too adds to it.
+
+    Raises:
+        UsageError: a path does not exist, or is none of these.
+        ConmoeError: a file is damaged.
+    """
+    runs: list[Run] = []
+    benches, diagnoses, evaluations = [], [], []
+    for path in paths:
+        record = _record(path)
+        if "calibrations" in record:
+            bench = load_bench(path)
+            runs += bench_runs(bench)
+            benches.append((bench.model, bench_facts(bench)))
+        elif "methods" in record:
+            runs += _demo_runs(path, record)
+        elif "uses" in record:
+            diagnoses.append(_diagnosis(path, record))
+        elif path.is_dir():
+            runs.append(_result(path, record))
+        elif "loss" in record:
+            evaluations.append((path, record))
+        else:
+            raise UsageError(f"{path} is not a result, a bench, an evaluation or a diagnosis of conmoe.")
+    for path, record in evaluations:
+        runs = _with_evaluation(runs, path, record)
+    return Findings(tuple(runs), tuple(benches), tuple(diagnoses))
+
+
+def bench_runs(bench: Bench) -> list[Run]:
+    """The rows of a bench; their numbers are means over its domains."""
+    found = []
+    for row in bench.rows:
+        domains = {
+            name: {key: Figure(each.value, each.stderr) for key, each in numbers.items() if key in MEASURED}
+            for name, numbers in row.domains.items()
+        }
+        run = Run(
+            name=row.name,
+            form=f"{row.form}, approximate" if row.approximate else row.form or "",
+            method=row.method,
+            keep=row.keep,
+            group=row.group or "",
+            bytes=row.bytes,
+            source_bytes=bench.source_bytes,
+            numbers=_mean(list(domains.values())),
+            domains=domains,
+            error=row.error or "",
+        )
+        found.append(run)
+    return found
+
+
+def _mean(domains: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
+    """Over domains, which are different texts: errors add up as those of independent numbers."""
+    if not domains:
+        return {}
+    found = {}
+    for name in (name for name in MEASURED if all(name in each for each in domains)):
+        errors = [each[name].stderr for each in domains]
+        known = [error for error in errors if error is not None]
+        stderr = sum(error**2 for error in known) ** 0.5 / len(domains) if len(known) == len(errors) else None
+        found[name] = Figure(sum(each[name].value for each in domains) / len(domains), stderr)
+    return found
+
+
+def _record(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give folders or JSON files that conmoe wrote.")
+    names = (RESULT, BENCH_JSON, DEMO)
+    file = next((path / name for name in names if (path / name).is_file()), None) if path.is_dir() else path
+    if file is None:
+        raise UsageError(f"{path} holds no results of conmoe; give the folder of a compress, a bench or a demo.")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConmoeError(f"{file} is damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} is not a result, a bench, an evaluation or a diagnosis of conmoe.")
+    return found
+
+
+def _result(folder: Path, record: Mapping[str, Any]) -> Run:
+    try:
+        calibration, fidelity = record["calibration"], record.get("fidelity")
+        return Run(
+            name=folder.name,
+            form=f"{record['form']}, approximate" if record["approximate"] else record["form"],
+            method=record["method"],
+            keep=str(record["keep"]),
+            bytes=record["bytes"],
+            source_bytes=record["source_bytes"],
+            numbers=_figures(fidelity or {}),
+            facts=_facts(record, calibration, fidelity),
+            warnings=tuple(str(each["text"]) for each in record.get("warnings", ())),
+            portrait=load_portrait(folder / RESULT.parent / REPORT_JSON),
+            folder=folder.resolve(),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConmoeError(f"{folder / RESULT} is damaged or of another version ({error!r}).") from error
+
+
+def _facts(record: Mapping[str, Any], calibration: Mapping[str, Any], fidelity: Any) -> tuple[tuple[str, str], ...]:
+    def options(name: str) -> str:
+        return ", ".join(f"{key}={value}" for key, value in (record.get(name) or {}).items())
+
+    refined = " ".join(filter(None, (str(record.get("refine", "none")), f"({options('refine_options')})")))
+    sequential = record.get("sequential")
+    rows = [
+        ("command", record.get("command", "")),
+        ("method", f"{record['method']} {options('options')}".strip()),
+        ("keep, budget", f"{record['keep']}, {record['budget']} {options('budget_options')}".strip()),
+        ("refinement", refined.replace(" ()", "")),
+        ("sequential", f"on {sequential:,} tokens behind compressed layers" if sequential else "no"),
+        ("calibrated on", "; ".join(calibration["data"])),
+        (
+            "tokens",
+            f"{calibration['tokens']:,} in sequences of {calibration['seq_len']:,}, sample {calibration['sample']:,}, "
+            f"seed {calibration['seed']}, in {calibration['dtype']}",
+        ),
+        ("measured on", "; ".join(record.get("held_out", ())) if fidelity else "nothing"),
+        ("held-out tokens", f"{fidelity['tokens']:,} in {fidelity['sequences']:,} sequences" if fidelity else "0"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())),
+        ("source fingerprint", calibration["model"]),
+        ("text fingerprint", calibration["data_fingerprint"]),
+    ]
+    return tuple((name, str(value)) for name, value in rows if value)
+
+
+def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
+    found = []
+    for name, each in record["methods"].items():
+        sizes = {"bytes": each["bytes"], "source_bytes": each.get("source_bytes")}
+        portrait = load_portrait(folder / name / RESULT.parent / REPORT_JSON)
+        found.append(
+            Run(
+                name=name,
+                form=each["form"],
+                keep=str(record["keep"]),
+                numbers=_figures(each),
+                portrait=portrait,
+                facts=(("held-out tokens", f"{each['tokens']:,} in {each['sequences']:,} sequences"),),
+                **sizes,
+            )
+        )
+    return found
+
+
+def _diagnosis(path: Path, record: Mapping[str, Any]) -> Diagnosis:
+    try:
+        return Diagnosis.model_validate(record)
+    except ValidationError as error:
+        raise ConmoeError(f"{path} is damaged or of another version: {error.errors()[0]['msg']}.") from error
+
+
+def _with_evaluation(runs: Sequence[Run], path: Path, record: Mapping[str, Any]) -> list[Run]:
+    """Runs with what an evaluation adds to the result that it measured, or with one more."""
+    try:
+        parts = {name: record[name] for name in PARTS[1:] if record.get(name)}
+        domains = {name: _figures(each) for name, each in (record.get("domains") or {}).items()}
+        folder = Path(record["model"]).resolve()
+        known = next((run for run in runs if run.folder == folder), None)
+        if known is not None:
+            changed = replace(known, parts={**known.parts, **parts}, domains={**known.domains, **domains})
+            return [changed if run is known else run for run in runs]
+        alone = Run(
+            name=Path(record["model"]).name,
+            bytes=record["bytes"],
+            source_bytes=record.get("source_bytes"),
+            numbers=_figures(record),
+            domains=domains,
+            parts=parts,
+            facts=(
+                ("measured on", "; ".join(record["data"])),
+                ("compared with", str(record.get("against") or "nothing")),
+            ),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConmoeError(f"{path} is damaged or of another version ({error!r}).") from error
+    return [*runs, alone]
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, Figure]:
+    return {
+        name: Figure(float(record[name]["value"]), record[name].get("stderr")) for name in MEASURED if record.get(name)
+    }

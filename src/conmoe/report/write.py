@@ -1,0 +1,160 @@
+"""``report.html``: one file that opens anywhere and loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from conmoe import __version__
+from conmoe.artifacts import write_atomic
+from conmoe.progress import Progress
+from conmoe.report import plots
+from conmoe.report.gather import Figure, Findings, Run, gather
+from conmoe.report.numbers import size, with_error
+from conmoe.types import UsageError
+
+REPORT_HTML = "report.html"
+_MISSING = 'The report needs jinja2; pip install "conmoe[report]" brings it.'
+
+#: The verdict: the first line whose share of agreeing tokens is reached.
+VERDICTS = (
+    (0.95, "hardly to be told from the source"),
+    (0.85, "close to the source"),
+    (0.70, "a visibly different model, whose tasks should be measured before it is used"),
+    (0.0, "far from the source: keep more experts, calibrate on text of its users, or tune it"),
+)
+
+
+def write_report(results: Sequence[Path], out: Path, *, title: str = "", figures: Path | None = None) -> Findings:
+    """Draw what was measured.
+
+    Args:
+        results: what :func:`conmoe.report.gather.gather` reads.
+        out: the HTML file; its folder is made.
+        title: the heading; by default the name of the only run.
+        figures: a folder for the same plots as PNG and SVG, by matplotlib.
+
+    Returns:
+        what was drawn.
+
+    Raises:
+        UsageError: nothing was given, or ``conmoe[report]`` is not installed.
+        ConmoeError: a file is damaged.
+    """
+    if not results:
+        raise UsageError("Name the results to report on: folders of compress, bench or demo, or JSON files.")
+    if not available():
+        raise UsageError(_MISSING)
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name the file to write, such as {out / REPORT_HTML}.")
+    found = gather(results)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, page(found, title or (found.runs[0].name if len(found.runs) == 1 else "Compressed models")))
+    if figures is not None:
+        from conmoe.report.figures import draw
+
+        draw(found, figures)
+    return found
+
+
+def write_default(folder: Path, out: Path, title: str, progress: Progress) -> None:
+    """The report that other verbs write unasked; where jinja2 is missing, a note."""
+    if available():
+        write_report([folder], out, title=title)
+    else:
+        progress.note(f"No report was written. {_MISSING}")
+
+
+def available() -> bool:
+    return find_spec("jinja2") is not None
+
+
+def page(found: Findings, title: str) -> str:
+    """The whole file. All that was read is escaped; the page may load nothing, and runs only its own script."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    room = Path(str(files("conmoe.report")))
+    environment = Environment(
+        loader=FileSystemLoader(room), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "size": size,
+        "number": number,
+        "percent": lambda figure: number(figure, percent=True),
+        "flat": _flat,
+        "breakable": _breakable,
+        "visible": _visible,
+    }
+    script = (room / "page.js").read_text(encoding="utf-8")
+    return environment.get_template("page.html.jinja").render(
+        title=title,
+        found=found,
+        runs=list(enumerate(found.runs, start=1)),
+        drawn=[(index, run) for index, run in enumerate(found.runs, start=1) if run.portrait],
+        told=[(index, run) for index, run in enumerate(found.runs, start=1) if run.facts],
+        domains=list(dict.fromkeys(name for run in found.runs for name in run.domains)),
+        head=headline(found.runs),
+        verdict=verdict,
+        scatter=plots.scatter(found.runs),
+        expert_map=plots.expert_map,
+        picture=plots.similarity_picture,
+        plots=plots,
+        style=(room / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def headline(runs: Sequence[Run]) -> Run | None:
+    """The run that the page speaks of first: the closest to its source; of those not measured the first."""
+    measured = [run for run in runs if "kl" in run.numbers and not run.error]
+    return min(measured, key=lambda run: run.numbers["kl"].value) if measured else next(iter(runs), None)
+
+
+def verdict(run: Run) -> str:
+    """One sentence, by the share of tokens for which the most likely token stays the same (``VERDICTS``)."""
+    size_now = f"At {run.share:.0%} of the source's size" if run.share else "It"
+    agreement = run.numbers.get("top1_agreement")
+    if agreement is None:
+        return f"{size_now}: how close it is to the source was not measured."
+    words = next(words for least, words in VERDICTS if agreement.value >= least)
+    return f"{size_now}, it prefers the source's next token {agreement.value:.0%} of the time: {words}."
+
+
+def number(figure: Figure | None, percent: bool = False) -> str:
+    return "-" if figure is None else with_error(figure.value, figure.stderr, percent=percent)
+
+
+def _breakable(name: str) -> object:
+    """A long name, escaped, that may break between its options."""
+    from markupsafe import Markup
+
+    parts = re.split(r"(?<=[:,/_-])", name)
+    return Markup("<wbr>").join(parts)
+
+
+def _visible(text: str) -> str:
+    """Text of a table's cell: ends of lines as a sign, blanks one at a time, what cannot be seen left out."""
+    lines = re.sub(r"\r?\n", " \N{DOWNWARDS ARROW WITH CORNER LEFTWARDS} ", text)
+    return "".join(sign for sign in re.sub(r"[ \t]+", " ", lines) if sign.isprintable())
+
+
+def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
+    """What an evaluation wrote, as rows: names joined, a mean with its standard error in one cell."""
+    if isinstance(value, dict):
+        if isinstance(value.get("value"), int | float):
+            rest = {key: each for key, each in value.items() if key not in ("value", "stderr")}
+            shown = with_error(float(value["value"]), value.get("stderr"))
+            return [(prefix, shown), *(row for key, each in rest.items() for row in _flat(each, f"{prefix}, {key}"))]
+        return [row for key, each in value.items() for row in _flat(each, f"{prefix}, {key}" if prefix else str(key))]
+    if isinstance(value, list):
+        return [(prefix, ", ".join(map(str, value)))]
+    return [] if value is None else [(prefix, f"{value:.4g}" if isinstance(value, float) else str(value))]
