@@ -62,6 +62,7 @@ class Result:
     warnings: tuple[Advice, ...] = ()  # of the doctor, at first look
     held_out: tuple[str, ...] = ()  # texts that the fidelity was measured on
     command: str = ""  # what was typed
+    device: str = "cpu"
 
     def as_json(self) -> dict[str, Any]:
         record = plan_record(self.plan).model_dump(mode="json")
@@ -89,6 +90,8 @@ class Result:
             "dropped_tensors": list(self.applied.dropped),
             "version": self.plan.version,
             "versions": versions(),
+            "statistics": self.plan.statistics,
+            "device": self.device,
             "command": self.command,
         }
 
@@ -179,7 +182,17 @@ def compress(
         warnings = first_look(source, statistics, made)
         texts = tuple(part.source for part in held_out.sources) if held_out is not None else ()
         approximate = is_approximate(made, applied.form)
-        result = Result(replace(applied, folder=out), made, manifest, fidelity, approximate, warnings, texts, command)
+        result = Result(
+            replace(applied, folder=out),
+            made,
+            manifest,
+            fidelity,
+            approximate,
+            warnings,
+            texts,
+            command,
+            calibration.device,
+        )
         write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
         if report:
             with progress.stage("report", sum(len(scope.layers) for scope in made.scopes), "layers") as advance:
@@ -187,7 +200,8 @@ def compress(
                     source, statistics, made, lost=lost, command=command, device=calibration.device, advance=advance
                 )
             write_atomic(applied.folder / PLAN_FOLDER / REPORT_JSON, seen.model_dump_json() + "\n")
-            write_default(applied.folder, applied.folder / PLAN_FOLDER / REPORT_HTML, out.name, progress)
+    if report:
+        write_default(out, out / PLAN_FOLDER / REPORT_HTML, out.name, progress)
     return result
 
 

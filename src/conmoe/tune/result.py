@@ -61,7 +61,7 @@ def copy_rest(model: Path, folder: Path, out: Path) -> None:
             shutil.copy(file, folder / file.name)
     for name in (PLAN_FOLDER, CHAT_TEMPLATE_DIR):
         if (model / name).is_dir():
-            shutil.copytree(model / name, folder / name, dirs_exist_ok=True)
+            shutil.copytree(model / name, folder / name, ignore=shutil.ignore_patterns("report.*"), dirs_exist_ok=True)
     if (model / PLAN_FOLDER / RESULTS).is_file():
         results = json.loads((model / PLAN_FOLDER / RESULTS).read_text())
         write_json(folder / PLAN_FOLDER / RESULTS, {**results, "output": str(out), "fidelity": None})
