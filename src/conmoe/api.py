@@ -18,7 +18,7 @@ from conmoe.demo import Demo, demo
 from conmoe.diagnosis import Diagnosis
 from conmoe.doctor import doctor
 from conmoe.effort import EFFORTS, Effort, settle
-from conmoe.evaluate import Fidelity, Measured, evaluate
+from conmoe.evaluate import Fidelity, Measured, TaskOptions, Tasks, evaluate, evaluate_tasks, load_tasks
 from conmoe.generate import generate
 from conmoe.inspect import Inspection, inspect
 from conmoe.locate import locate
@@ -50,6 +50,8 @@ __all__ = [
     "Measured",
     "Request",
     "Result",
+    "TaskOptions",
+    "Tasks",
     "TokenData",
     "Tuned",
     "Tuning",
@@ -65,9 +67,11 @@ __all__ = [
     "demo",
     "doctor",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "inspect",
     "load_bench",
+    "load_tasks",
     "load_tokenizer",
     "load_tokens",
     "locate",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from conmoe import runtime
 from conmoe.data import load_tokenizer
-from conmoe.source import open_source
 from conmoe.types import UsageError
+from conmoe.whole import check_whole, load_whole
 
 
 def generate(
@@ -25,13 +22,11 @@ def generate(
     trust_remote_code: bool = False,
 ) -> str:
     """The continuation of ``prompt``, greedy unless a temperature is given; the whole model is loaded."""
-    runtime.register()
-    open_source(model, trust_remote_code=trust_remote_code)  # Transformers would invent what is missing
+    check_whole(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if not tokenizer(prompt)["input_ids"]:
         raise UsageError("The prompt is empty; give a text to continue.")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=trust_remote_code)
-    loaded = loaded.to(device).eval()
+    loaded = load_whole(model, device=device, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     inputs.pop("token_type_ids", None)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
