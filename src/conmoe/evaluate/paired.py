@@ -65,7 +65,9 @@ def discordant(model: Sequence[float], source: Sequence[float]) -> Discordant | 
 
 def as_json(found: Measured) -> dict[str, float | None]:
     """Plain numbers; what cannot be known is null."""
-    return {name: None if math.isnan(each) else each for name, each in (("value", found.value), ("stderr", found.stderr))}
+    return {
+        name: None if math.isnan(each) else each for name, each in (("value", found.value), ("stderr", found.stderr))
+    }
 
 
 def from_json(record: Mapping[str, Any] | None) -> Measured | None:

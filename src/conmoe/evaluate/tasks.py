@@ -142,9 +142,7 @@ def _read(file: Path) -> Answers:
 def _language_model(side: _Side, options: TaskOptions) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    loaded = load_whole(
-        side.folder, device=side.device, dtype=side.dtype, trust_remote_code=side.trust_remote_code
-    )
+    loaded = load_whole(side.folder, device=side.device, dtype=side.dtype, trust_remote_code=side.trust_remote_code)
     tokenizer = load_tokenizer(side.folder, trust_remote_code=side.trust_remote_code)
     return HFLM(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size)
 
@@ -271,5 +269,3 @@ def _number(value: float, stderr: Any) -> dict[str, Any]:
 def _plain(metric: str) -> str:
     """``acc,none`` -> ``acc``; another filter stays in the name."""
     return metric.removesuffix(",none")
-
-

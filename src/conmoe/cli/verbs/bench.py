@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,10 +80,11 @@ def bench(
     Example: `conmoe bench allenai/OLMoE-1B-7B-0125 --keep 0.75 0.5 --methods all --eval wiki=wiki.txt --output table`
     """
     from conmoe.candidates import parse_candidates
-    from conmoe.cli.read import read_data, read_device, read_dtype
+    from conmoe.cli.read import read_data, read_device, read_domains, read_dtype
 
     folder = conmoe.locate(model)
-    candidates, named = parse_candidates(methods), read_domains(evaluate_data or [])
+    candidates = parse_candidates(methods)
+    named: dict[str, str | None] = {**read_domains(evaluate_data or [], "--eval")} or {"builtin": None}
     options = conmoe.Calibration(sample, 0, read_device(device), read_dtype(dtype), None, trust_remote_code)
     length = (seq_len, 0, trust_remote_code)
     texts = [read_data(folder, data, tokens, seq_len, seed, trust_remote_code, quiet=seed > 0) for seed in range(seeds)]
@@ -112,24 +112,6 @@ def bench(
     else:
         show(made)
     say(f"The table is in {output / 'bench.md'}, every number in {output / 'bench.json'}.")
-
-
-def read_domains(specs: list[str]) -> dict[str, str | None]:
-    """Domain -> its text, from ``NAME=SPEC`` or ``SPEC``, which is named after its file."""
-    from conmoe.data import parse_spec
-
-    if not specs:
-        return {"builtin": None}
-    found: dict[str, str | None] = {}
-    for text in specs:
-        named = re.fullmatch(r"([\w.+-]+)=(.+)", text)
-        name, spec = (named[1], named[2]) if named and not Path(text).is_file() else ("", text)
-        source = parse_spec(spec, "--eval").source
-        name = name or re.sub(r"(\.(txt|jsonl|parquet))?(\.(gz|xz))?$", "", source.split("/")[-1])
-        if name in found:
-            raise conmoe.UsageError(f"--eval has two domains {name!r}; name them: --eval NAME=SPEC.")
-        found[name] = spec
-    return found
 
 
 def show(made: Bench) -> None:
