@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich import box
@@ -28,14 +28,14 @@ def tasks_table(record: Mapping[str, Any]) -> Group:
     """A row for each task and metric: the source's score, the model's, and their paired difference."""
     rows = [(task, metric, found) for task, metrics in record["tasks"].items() for metric, found in metrics.items()]
     paired = any(found["source"] for _, _, found in rows)
-    table = _table("task", "metric", "n", *(("source", "model", "difference", "p") if paired else ("model",)))
+    table = _table("task", "metric", *(("source", "model", "difference", "p") if paired else ("model",)))
     for task, metric, found in rows:
         percent = metric.partition(",")[0].startswith(_SHARES)
         test = found.get("mcnemar")
         scores = [_shown(found["source"], percent)] if paired else []
         scores.append(_shown(found, percent))
         scores += [_shown(found["difference"], percent), f"{test['p']:.2g}" if test else "-"] if paired else []
-        table.add_row(task, metric, f"{found['n']:,}", *scores)
+        table.add_row(task, metric, *scores)
     options = record["task_options"]
     few = options["num_fewshot"]
     title = (
@@ -43,7 +43,9 @@ def tasks_table(record: Mapping[str, Any]) -> Group:
         + (f", the first {options['limit']} documents of each" if options["limit"] else "")
         + ("" if few is None else f", {few} examples before each question")
     )
-    note = "± one standard error over documents"
+    counts = {task: max(found["n"] for found in metrics.values()) for task, metrics in record["tasks"].items()}
+    note = f"Documents: {', '.join(f'{task} {n:,}' for task, n in counts.items())}"
+    note += "; ± one standard error over them"
     if paired:
         note += "; difference: model - source, by document; p: McNemar's exact test of the documents that one of the "
         note += "two got right"
@@ -70,14 +72,14 @@ def generation_table(record: Mapping[str, Any]) -> Group:
 
 
 def speed_table(record: Mapping[str, Any]) -> Group:
-    """Tokens per second and bytes, as the median and its range, and the model's share of the source's."""
+    """Tokens per second (t/s) and bytes, as the median and its range, and the model's share of the source's."""
     paired = record["source"] is not None
     sides = ("source", "model") if paired else ("model",)
     table = _table("", *sides, *(("ratio",) if paired else ()))
-    for name, heading in (("prefill", "prefill, tokens/s"), ("decode", "decode, tokens/s")):
-        cells = [_range(record[side][name], "{:.4g}") for side in sides]
-        table.add_row(heading, *cells, *([_range(record["ratio"][name], "{:.2f}")] if paired else []))
-    for name, heading in (("weights", "weights"), ("resident", "resident memory"), ("peak", "peak memory")):
+    for name, heading in (("prefill", "prefill, t/s"), ("decode", "decode, t/s")):
+        cells = [_range(record[side][name], _rate) for side in sides]
+        table.add_row(heading, *cells, *([_range(record["ratio"][name], "{:.2f}".format)] if paired else []))
+    for name, heading in (("weights", "weights"), ("resident", "resident"), ("peak", "peak")):
         cells = [size(record[side][name]["value"]) for side in sides]
         table.add_row(heading, *cells, *([f"{record['ratio'][name]['value']:.2f}"] if paired else []))
     title = (
@@ -85,7 +87,10 @@ def speed_table(record: Mapping[str, Any]) -> Group:
         f"{record['threads']} threads, {record['dtype']}"
     )
     runs = record["turns"] * record["repeats"]
-    note = f"Median of {runs} runs (lowest to highest) in {record['turns']} processes of each model, which took turns"
+    note = (
+        f"t/s: tokens per second. Median of {runs} runs (lowest to highest) in {record['turns']} processes of each "
+        "model, which took turns"
+    )
     libraries = record["model"]["libraries"]["value"]
     note += f"; {size(libraries)} of the memory are Python and its libraries" if libraries else ""
     if paired:
@@ -104,9 +109,15 @@ def _table(first: str, *headings: str) -> Table:
 def _shown(number: Mapping[str, Any] | None, percent: bool) -> str:
     if number is None or number["value"] is None:
         return "-"
+    if not percent and number["stderr"] == 0:
+        return f"{number['value']:g}"
     return with_error(number["value"], number["stderr"], percent=percent)
 
 
-def _range(number: Mapping[str, Any], form: str) -> str:
-    low, high = form.format(number["low"]), form.format(number["high"])
-    return form.format(number["value"]) + (f" ({low} to {high})" if low != high else "")
+def _range(number: Mapping[str, Any], form: Callable[[float], str]) -> str:
+    low, high = form(number["low"]), form(number["high"])
+    return form(number["value"]) + (f" ({low} to {high})" if low != high else "")
+
+
+def _rate(number: float) -> str:
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"

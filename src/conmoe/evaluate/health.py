@@ -44,6 +44,5 @@ def loop_period(tokens: Sequence[int], rounds: int = LOOP_ROUNDS, least: int = L
 
 def agreed(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two generations begin with in common."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))

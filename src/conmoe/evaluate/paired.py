@@ -7,9 +7,8 @@ error is usually far below that of either mean; an interval of one model against
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.stats import binomtest
 
@@ -65,14 +64,4 @@ def discordant(model: Sequence[float], source: Sequence[float]) -> Discordant | 
 
 def as_json(found: Measured) -> dict[str, float | None]:
     """Plain numbers; what cannot be known is null."""
-    return {
-        name: None if math.isnan(each) else each for name, each in (("value", found.value), ("stderr", found.stderr))
-    }
-
-
-def from_json(record: Mapping[str, Any] | None) -> Measured | None:
-    """The reverse of :func:`as_json`."""
-    if record is None:
-        return None
-    value, stderr = (math.nan if record[name] is None else float(record[name]) for name in ("value", "stderr"))
-    return Measured(value, stderr)
+    return {name: None if math.isnan(x) else x for name, x in (("value", found.value), ("stderr", found.stderr))}

@@ -77,11 +77,9 @@ def evaluate_speed(
     """
     refuse_several("evaluate --speed")
     folders = {"source": against, "model": model} if against else {"model": model}
-    opened = {
-        name: check_whole(folder, trust_remote_code=trust_remote_code) for name, folder in folders.items() if folder
-    }
-    smallest = min(each.vocabulary for each in opened.values())
-    for each in opened.values():
+    opened = [check_whole(folder, trust_remote_code=trust_remote_code) for folder in folders.values()]
+    smallest = min(each.vocabulary for each in opened)
+    for each in opened:
         room = getattr(each.config, "max_position_embeddings", None) or math.inf
         if options.prompt + options.new > room:
             raise UsageError(f"{options.prompt} prompt and {options.new} new tokens are more than {room} positions.")

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class TaskOptions:
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Tasks that were asked for, read and ready: what each name stands for, with lm-evaluation-harness's own objects."""
+    """Tasks that were asked for, read and ready: what each name stands for, as lm-evaluation-harness's objects."""
 
     names: tuple[str, ...]
     tasks: Mapping[str, Any]  # every single task, by name
@@ -99,8 +100,7 @@ def documents(task: Any, options: TaskOptions) -> int:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the bars and log lines of lm-evaluation-harness and what it stands on, which would bury a table."""
-    from tqdm.std import tqdm
-
+    tqdm: Any = import_module("tqdm.std").tqdm  # published without types
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "accelerate")]
     levels = [logger.level for logger in loggers]
     original = tqdm.__init__

@@ -71,7 +71,8 @@ def memory() -> tuple[int, int]:
     status = Path("/proc/self/status")
     if status.is_file():
         rows = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return int(rows["VmRSS"].split()[0]) * 1024, int(rows["VmHWM"].split()[0]) * 1024
+        resident, peak = (int(rows[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return resident, max(resident, peak)  # the kernel updates the two at different times
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, where the present use is not told

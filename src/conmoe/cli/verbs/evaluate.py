@@ -35,9 +35,9 @@ def evaluate(
     ] = None,
     tokens: Tokens = 16384,
     seq_len: SeqLen = None,
-    fidelity: Annotated[
-        bool, typer.Option("--fidelity/--no-fidelity", help="Whether to measure KL, agreement and loss on text.")
-    ] = True,
+    no_fidelity: Annotated[
+        bool, typer.Option("--no-fidelity", help="Leave out KL, agreement and loss on text.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -143,8 +143,8 @@ def evaluate(
     names = [name.strip() for text in tasks or [] for name in text.split(",") if name.strip()]
     if names or generate or speed:
         refuse_several("evaluate with --tasks, --generate or --speed")
-    elif not fidelity:
-        raise conmoe.UsageError("Nothing is left to measure; give --tasks, --generate or --speed, or --fidelity.")
+    elif no_fidelity:
+        raise conmoe.UsageError("--no-fidelity leaves nothing to measure; give --tasks, --generate or --speed.")
     common: dict[str, Any] = {
         "against": source,
         "device": where,
@@ -156,7 +156,7 @@ def evaluate(
     chosen = _read_tasks(folder, source, names, task_dir, (limit, num_fewshot, batch_size, seed), trust_remote_code)
     asked = _read_prompts(prompts, folder, trust_remote_code) if generate and prompts else None
     text = None
-    if fidelity or speed or (generate and asked is None):
+    if not no_fidelity or speed or (generate and asked is None):
         text = _read_text(folder, data, tokens, seq_len, seed, trust_remote_code)
     record: dict[str, Any] = {
         "model": str(model),
@@ -174,7 +174,7 @@ def evaluate(
             conmoe.write_json(output, console.finite(record))
 
     name = Path(model).name
-    if fidelity and text:
+    if text and not no_fidelity:
         add(*_fidelity(folder, name, text, data or [], common))
     if chosen:
         found = conmoe.evaluate_tasks(folder, chosen, work=work, progress=console.Bars(), **common)
