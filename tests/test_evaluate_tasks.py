@@ -86,16 +86,11 @@ def test_scores_errors_and_differences_are_those_of_a_plain_loop(half, checkpoin
         away = [a - b for a, b in zip(ours[metric], theirs[metric], strict=True)]
         assert entry["difference"] == summary(away)
         gained, lost = away.count(1.0), away.count(-1.0)
-        assert entry["mcnemar"] == {
-            "only_model": gained,
-            "only_source": lost,
-            "p": pytest.approx(exact_p(gained, lost)),
-        }
+        p = pytest.approx(exact_p(gained, lost))
+        assert entry["mcnemar"] == {"only_model": gained, "only_source": lost, "p": p}
         assert (entry["n"], entry["higher_is_better"]) == (SIZES["letters"], True)
     assert set(found["tasks"]["letters"]) == {"acc", "acc_norm"}
-    assert any(
-        entry["difference"]["value"] or entry["mcnemar"]["only_model"] for entry in found["tasks"]["letters"].values()
-    )
+    assert any(entry["mcnemar"]["only_model"] for entry in found["tasks"]["letters"].values())
     json.dumps(found, allow_nan=False)
 
 
@@ -186,7 +181,7 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(task_dir, monkeypatch):
 
 
 def test_generators_and_bars_of_others_are_as_before(checkpoint, task_dir):
-    from tqdm.std import tqdm
+    tqdm = import_module("tqdm.std").tqdm
 
     bar, state, torch_state = tqdm.__init__, random.getstate(), torch.get_rng_state()
     conmoe.evaluate_tasks(checkpoint("olmoe"), load(task_dir, "letters", limit=2, num_fewshot=1))
@@ -235,14 +230,8 @@ def lm_eval(folder, task_dir, tmp_path, *words):
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     command = [sys.executable, "-c", LM_EVAL, "run", "--model", "hf", "--device", "cpu", "--include_path", task_dir]
     command += ["--model_args", f"pretrained={folder},trust_remote_code=True", *words]
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=task_dir.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [str(word) for word in command]
+    done = subprocess.run(command, cwd=task_dir.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     row = next(line.split("|") for line in done.stdout.splitlines() if line.startswith("|letters"))
     return float(row[7])
