@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def tasks_table(record: Mapping[str, Any]) -> Group:
     title = (
         f"Tasks of lm-evaluation-harness {options['lm_eval']}"
         + (f", the first {options['limit']} documents of each" if options["limit"] else "")
-        + ("" if few is None else f", {few} examples before each question")
+        + ("" if few is None else f", {few} example{'s' * (few != 1)} before each question")
     )
     counts = {task: max(found["n"] for found in metrics.values()) for task, metrics in record["tasks"].items()}
     note = f"Documents: {', '.join(f'{task} {n:,}' for task, n in counts.items())}"
@@ -100,18 +101,23 @@ def speed_table(record: Mapping[str, Any]) -> Group:
 
 def _table(first: str, *headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold")
+    table.add_column(first, overflow="fold", min_width=min(len(first), 8))
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
+        words = heading == "metric"
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     return table
 
 
 def _shown(number: Mapping[str, Any] | None, percent: bool) -> str:
     if number is None or number["value"] is None:
         return "-"
-    if not percent and number["stderr"] == 0:
-        return f"{number['value']:g}"
-    return with_error(number["value"], number["stderr"], percent=percent)
+    value, error = number["value"], number["stderr"]
+    if percent:
+        return with_error(value, error, percent=True)
+    if not error:
+        return f"{value:.4g}"
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 4)  # to the second digit of the error
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _range(number: Mapping[str, Any], form: Callable[[float], str]) -> str:

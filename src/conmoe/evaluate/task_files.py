@@ -6,10 +6,11 @@ Everything here happens before a model is loaded: names are known, data files ar
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -99,7 +100,7 @@ def documents(task: Any, options: TaskOptions) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and log lines of lm-evaluation-harness and what it stands on, which would bury a table."""
+    """Without bars, log lines and prints of lm-evaluation-harness and what it stands on: they would bury a table."""
     tqdm: Any = import_module("tqdm.std").tqdm  # published without types
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "accelerate")]
     levels = [logger.level for logger in loggers]
@@ -112,7 +113,8 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         tqdm.__init__ = original
         for logger, level in zip(loggers, levels, strict=True):

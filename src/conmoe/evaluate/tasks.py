@@ -6,13 +6,14 @@ the comparison: the score of every document is kept for both models, and the dif
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from pydantic import ValidationError
 
 from conmoe.artifacts import Record, checkpoint_fingerprint, fingerprint, write_atomic
 from conmoe.data import load_tokenizer
@@ -27,6 +28,7 @@ from conmoe.whole import check_whole, load_whole
 
 #: Draws for the standard error of a metric that is no mean (F1, BLEU).
 _BOOTSTRAP = 1000
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 class Answers(Record):
@@ -100,8 +102,8 @@ def evaluate_tasks(
                 if each != name and set(tasks.members[each]) < set(members)
             }
             parts[name] = inner
-        else:  # a tag is a list of tasks without a score of its own
-            asked |= inner
+        if not asked.get(name):  # a tag, and some groups, are lists of tasks without a score of their own
+            asked = {each: found for each, found in asked.items() if found} | inner
     options = tasks.options
     how = {"limit": options.limit, "num_fewshot": options.num_fewshot, "seed": options.seed, "lm_eval": tasks.version}
     return {"tasks": asked, **({"subtasks": parts} if parts else {}), "task_options": how}
@@ -109,16 +111,17 @@ def evaluate_tasks(
 
 def _answers(side: _Side, tasks: Tasks, work: Path | None, progress: Progress) -> dict[str, Answers]:
     source = check_whole(side.folder, trust_remote_code=side.trust_remote_code)
-    name = checkpoint_fingerprint(side.folder, source.files)
-    how = [name, str(side.dtype), side.device.partition(":")[0], tasks.version]
+    tokenizer = [file for name in _TOKENIZER if (file := side.folder / name).is_file()]
+    name = checkpoint_fingerprint(side.folder, [*source.files, *tokenizer])
+    how = [name, str(side.dtype), side.device.partition(":")[0], tasks.version, transformers.__version__]
     files = {each: _file(work, [*how, key]) for each, key in tasks.keys.items()}
-    found = {each: _read(file) for each, file in files.items() if file and file.is_file()}
+    found = {each: answers for each, file in files.items() if file and (answers := _read(file))}
     missing = [each for each in tasks.tasks if each not in found]
     if not missing:
         progress.note(f"The answers of {side.folder.name} to all tasks are in {work}; not asked again.")
         return found
     total = sum(documents(tasks.tasks[each], tasks.options) for each in missing)
-    with quiet(), progress.stage(f"tasks, {side.name}", total, "documents") as advance:
+    with progress.stage(f"tasks, {side.name}", total, "documents") as advance, quiet():
         lm = _language_model(side, tasks.options)
         for each in missing:
             advance(0, doing=f"{side.name}: {each}")
@@ -135,8 +138,12 @@ def _file(work: Path | None, key: list[str]) -> Path | None:
     return work / "tasks" / f"{fingerprint(key)[:32]}.json" if work else None
 
 
-def _read(file: Path) -> Answers:
-    return Answers.model_validate(json.loads(file.read_text(encoding="utf-8")))
+def _read(file: Path) -> Answers | None:
+    """The answers kept in a file, if there are any of the present form."""
+    try:
+        return Answers.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _language_model(side: _Side, options: TaskOptions) -> Any:
@@ -181,7 +188,8 @@ def _collect(row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], bette
         each = [sample.get(metric) for sample in samples if sample["filter"] == kind]
         if all(isinstance(score, bool | int | float) for score in each):
             scored[key] = tuple(float(score) for score in each if score is not None)
-    plain = {key: value for key, value in row.items() if isinstance(value, str | int | float)}
+    plain = {key: float(value) if isinstance(value, float) else value for key, value in row.items()}
+    plain = {key: value for key, value in plain.items() if isinstance(value, str | int | float)}
     prompts = {sample["doc_id"]: str(sample["prompt_hash"]) for sample in samples}
     higher = {key: bool(better.get(key.partition(",")[0], True)) for key in scores}
     return Answers(scores=scores, higher_is_better=higher, row=plain, prompts=tuple(prompts.values()), documents=scored)

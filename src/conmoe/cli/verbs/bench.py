@@ -80,11 +80,10 @@ def bench(
     Example: `conmoe bench allenai/OLMoE-1B-7B-0125 --keep 0.75 0.5 --methods all --eval wiki=wiki.txt --output table`
     """
     from conmoe.candidates import parse_candidates
-    from conmoe.cli.read import read_data, read_device, read_domains, read_dtype
+    from conmoe.cli.read import read_data, read_device, read_dtype
 
     folder = conmoe.locate(model)
-    candidates = parse_candidates(methods)
-    named: dict[str, str | None] = {**read_domains(evaluate_data or [], "--eval")} or {"builtin": None}
+    candidates, named = parse_candidates(methods), read_domains(evaluate_data or [])
     options = conmoe.Calibration(sample, 0, read_device(device), read_dtype(dtype), None, trust_remote_code)
     length = (seq_len, 0, trust_remote_code)
     texts = [read_data(folder, data, tokens, seq_len, seed, trust_remote_code, quiet=seed > 0) for seed in range(seeds)]
@@ -112,6 +111,13 @@ def bench(
     else:
         show(made)
     say(f"The table is in {output / 'bench.md'}, every number in {output / 'bench.json'}.")
+
+
+def read_domains(specs: list[str]) -> dict[str, str | None]:
+    """Domain -> its text, None for the built-in one."""
+    from conmoe.cli import read
+
+    return {**read.read_domains(specs, "--eval")} or {"builtin": None}
 
 
 def show(made: Bench) -> None:
