@@ -126,6 +126,7 @@ def test_prompts_that_do_not_fit_are_refused(checkpoint):
 def test_prompts_are_cut_from_the_beginnings_of_text():
     data = token_data(sequences=3, seq_len=24).ids_NS
     assert conmoe.cut_prompts(data, count=2, length=5) == data[:2, :5].tolist()
+    assert conmoe.cut_prompts(token_data(9, 24).ids_NS, count=3, length=1) == token_data(9, 24).ids_NS[::3, :1].tolist()
     assert [len(each) for each in conmoe.cut_prompts(data)] == [12, 12, 12]
 
 

@@ -93,9 +93,10 @@ def read_prompts(file: Path, tokenizer: Any) -> list[list[int]]:
 
 
 def cut_prompts(ids_NS: Tensor, count: int = CUT_PROMPTS, length: int = CUT_TOKENS) -> list[list[int]]:
-    """The first ``length`` tokens of the first ``count`` sequences, of shorter ones the first half."""
-    length = min(length, max(1, ids_NS.shape[1] // 2))
-    return [list(map(int, row)) for row in ids_NS[:count, :length]]
+    """The first ``length`` tokens (of short sequences the first half) of ``count`` sequences, evenly spaced."""
+    length, count = min(length, max(1, ids_NS.shape[1] // 2)), min(count, len(ids_NS))
+    places = [place * len(ids_NS) // count for place in range(count)]
+    return [list(map(int, row)) for row in ids_NS[places, :length]]
 
 
 def evaluate_generation(
