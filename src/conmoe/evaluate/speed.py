@@ -32,9 +32,10 @@ UNITS = {
     "resident": "bytes once the model is loaded",
     "peak": "bytes, the most that were in use, loading included",
     "weights": "bytes of parameters and buffers",
+    "mapped": "bytes among resident that are pages of files, which the system can take back; 0 on a GPU",
     "libraries": "bytes of Python and its libraries before the model; part of resident and peak, 0 on a GPU",
 }
-_MEMORY = ("resident", "peak", "weights", "libraries")
+_MEMORY = ("resident", "peak", "weights", "mapped", "libraries")
 
 
 @dataclass(frozen=True, slots=True)

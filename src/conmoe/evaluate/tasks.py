@@ -111,7 +111,7 @@ def evaluate_tasks(
 
 def _answers(side: _Side, tasks: Tasks, work: Path | None, progress: Progress) -> dict[str, Answers]:
     source = check_whole(side.folder, trust_remote_code=side.trust_remote_code)
-    tokenizer = [file for name in _TOKENIZER if (file := side.folder / name).is_file()]
+    tokenizer = [path for name in _TOKENIZER if (path := side.folder / name).is_file()]
     name = checkpoint_fingerprint(side.folder, [*source.files, *tokenizer])
     how = [name, str(side.dtype), side.device.partition(":")[0], tasks.version, transformers.__version__]
     files = {each: _file(work, [*how, key]) for each, key in tasks.keys.items()}
@@ -126,8 +126,7 @@ def _answers(side: _Side, tasks: Tasks, work: Path | None, progress: Progress) -
         for each in missing:
             advance(0, doing=f"{side.name}: {each}")
             found[each] = _ask(lm, tasks, each)
-            file = files[each]
-            if file:
+            if file := files[each]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(file, found[each].model_dump_json())
             advance(documents(tasks.tasks[each], tasks.options))

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +25,11 @@ def turn(job: dict[str, Any]) -> dict[str, Any]:
     cuda = device.startswith("cuda")
     if job["threads"]:
         torch.set_num_threads(job["threads"])
-    before = memory()[0]
+    before = memory().resident
     dtype = getattr(torch, job["dtype"]) if job["dtype"] else None
     loaded = load_whole(Path(job["model"]), device=device, dtype=dtype, trust_remote_code=job["remote"])
     gc.collect()
-    resident = torch.cuda.memory_allocated(device) if cuda else memory()[0]
+    held, allocated = memory(), torch.cuda.memory_allocated(device) if cuda else 0
     ids_BS = torch.tensor(job["ids"], device=device)
     with torch.inference_mode():
         _run(loaded, ids_BS, min(4, job["new"]), device)
@@ -39,8 +39,9 @@ def turn(job: dict[str, Any]) -> dict[str, Any]:
         "decode_seconds": [decode for _, decode in times],
         "weights": sum(each.numel() * each.element_size() for each in (*loaded.parameters(), *loaded.buffers())),
         "libraries": 0 if cuda else before,
-        "resident": resident,
-        "peak": torch.cuda.max_memory_allocated(device) if cuda else memory()[1],
+        "mapped": 0 if cuda else held.mapped,
+        "resident": allocated if cuda else held.resident,
+        "peak": torch.cuda.max_memory_allocated(device) if cuda else memory().peak,
         "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."),
         "experts": str(getattr(loaded.config, "_experts_implementation", None)),
     }
@@ -63,20 +64,28 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def memory() -> tuple[int, int]:
-    """Resident and peak bytes of this process.
+class Memory(NamedTuple):
+    """Bytes of this process: in memory now, the most there ever were, and pages of files among the first."""
 
-    Linux tells them of this program; ``getrusage`` there also counts the process that started it.
+    resident: int
+    peak: int
+    mapped: int
+
+
+def memory() -> Memory:
+    """What the system tells of this process.
+
+    Linux tells it of this program; ``getrusage`` there also counts the process that started it.
     """
     status = Path("/proc/self/status")
     if status.is_file():
         rows = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        resident, peak = (int(rows[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return resident, max(resident, peak)  # the kernel updates the two at different times
+        resident, peak, mapped = (int(rows[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssFile"))
+        return Memory(resident, max(resident, peak), mapped)  # the kernel updates them at different times
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, where the present use is not told
-    return peak, peak
+    return Memory(peak, peak, 0)
 
 
 if __name__ == "__main__":
