@@ -18,7 +18,21 @@ from conmoe.demo import Demo, demo
 from conmoe.diagnosis import Diagnosis
 from conmoe.doctor import doctor
 from conmoe.effort import EFFORTS, Effort, settle
-from conmoe.evaluate import Fidelity, Measured, evaluate
+from conmoe.evaluate import (
+    Fidelity,
+    GenerationOptions,
+    Measured,
+    SpeedOptions,
+    TaskOptions,
+    Tasks,
+    cut_prompts,
+    evaluate,
+    evaluate_generation,
+    evaluate_speed,
+    evaluate_tasks,
+    load_tasks,
+    read_prompts,
+)
 from conmoe.generate import generate
 from conmoe.inspect import Inspection, inspect
 from conmoe.locate import locate
@@ -48,10 +62,14 @@ __all__ = [
     "Diagnosis",
     "Effort",
     "Fidelity",
+    "GenerationOptions",
     "Inspection",
     "Measured",
     "Request",
     "Result",
+    "SpeedOptions",
+    "TaskOptions",
+    "Tasks",
     "TokenData",
     "Tuned",
     "Tuning",
@@ -64,13 +82,18 @@ __all__ = [
     "calibration_documents",
     "check",
     "compress",
+    "cut_prompts",
     "demo",
     "doctor",
     "evaluate",
+    "evaluate_generation",
+    "evaluate_speed",
+    "evaluate_tasks",
     "generate",
     "headline",
     "inspect",
     "load_bench",
+    "load_tasks",
     "load_tokenizer",
     "load_tokens",
     "locate",
@@ -81,6 +104,7 @@ __all__ = [
     "plan",
     "read_manifest",
     "read_plan",
+    "read_prompts",
     "refinements",
     "settle",
     "statistics",

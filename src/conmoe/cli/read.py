@@ -60,6 +60,25 @@ def read_specs(data: list[str] | None, option: str = "--data") -> list[DataSpec]
     return [parse_spec(text, option) for text in data or []]
 
 
+def read_domains(specs: list[str], option: str = "--data") -> dict[str, str]:
+    """Domain -> its text, from ``NAME=SPEC`` or ``SPEC``, which is named after its file."""
+    found: dict[str, str] = {}
+    for text in specs:
+        name, spec = split_name(text)
+        source = parse_spec(spec, option).source
+        name = name or re.sub(r"(\.(txt|jsonl|parquet))?(\.(gz|xz))?$", "", source.split("/")[-1])
+        if name in found:
+            raise UsageError(f"{option} has two domains {name!r}; name them: {option} NAME=SPEC.")
+        found[name] = spec
+    return found
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """``NAME=SPEC`` in two; the name is empty where there is none."""
+    named = re.fullmatch(r"([\w.+-]+)=(.+)", text)
+    return (named[1], named[2]) if named and not Path(text).is_file() else ("", text)
+
+
 def read_depth(folder: Path, trust_remote_code: bool) -> int:
     """The number of decoder layers of a checkpoint, which is checked by its headers on the way."""
     depth: int = open_source(folder, trust_remote_code=trust_remote_code).config.num_hidden_layers
