@@ -31,8 +31,9 @@ from conmoe.artifacts import (
 from conmoe.checkpoint import MTP_FIELDS
 from conmoe.folding import fold
 from conmoe.forms import check_form, departures, sliced_counts
+from conmoe.lowprec import renumbered_modules
 from conmoe.moe import count_field
-from conmoe.outputs import forget_prototypes, plan_outputs
+from conmoe.outputs import expert_places, forget_prototypes, plan_outputs
 from conmoe.registry import Form
 from conmoe.report.card import model_card
 from conmoe.shards import (
@@ -152,6 +153,10 @@ def result_config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) 
         for field in MTP_FIELDS:
             if field in config or getattr(source.config, field, None):
                 config |= dict.fromkeys(_stated(source.config, config, field), 0)
+    if source.scheme:
+        config["quantization_config"] = renumbered_modules(
+            config["quantization_config"], expert_places(source, plan, form)
+        )
     if form == "expanded":
         return config
     counts = _stated(source.config, config, count_field(source.config))
