@@ -21,6 +21,7 @@ from conmoe.keeping import MERGING
 from conmoe.lowprec import renumbered_modules
 from conmoe.ops.dequantise import dequantise, grid, unpack
 from conmoe.ops.plans import prune, remap
+from conmoe.progress import SILENT
 from conmoe.registry import methods
 from conmoe.source import open_source, read_experts
 from conmoe.types import LayerPlan, Plan
@@ -482,6 +483,25 @@ def test_the_list_of_methods_that_merge_is_right(name, checkpoint, calibrated):
     assert keeps == (name not in MERGING)
 
 
+# Full precision again ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "ct-int4-asym"])
+def test_dequantised_it_is_the_numbers_and_can_be_refined(kind, low, tmp_path):
+    folder, out = low("deepseek_v3", kind), tmp_path / "out"
+    before = tree(folder)
+    done = conmoe.dequantise(folder, out)
+    assert tree(folder) == before
+    assert_bits(on_disk(out), on_disk(numbers_of(folder)))
+    assert config_of(out) == config_of(numbers_of(folder))
+    assert done.bytes == sum(tensor.nbytes for tensor in on_disk(out).values())
+    assert {"tokenizer.json", "generation_config.json"} <= {file.name for file in out.iterdir()}
+    conmoe.check(out, tmp_path / "small", conmoe.Request("mergemoe", refine="refit"))
+    with pytest.raises(conmoe.UsageError) as caught:
+        conmoe.dequantise(out, tmp_path / "again")
+    one_sentence(caught, str(out), "full precision")
+
+
 # The command line ---------------------------------------------------------------------------------------------------
 
 
@@ -531,6 +551,23 @@ def test_inspect_counts_bytes_and_parameters(run, low):
     experts = [tensor for name, tensor in tensors.items() if ".experts." in name]
     assert found.routed_expert_bytes == sum(tensor.nbytes for tensor in experts)
     assert "FP8, blocks of 16 x 8" in run("inspect", folder).out
+
+
+def test_what_a_refusal_names_can_be_done(run, low, tmp_path):
+    folder = low("qwen3_moe", "fp8-block")
+    assert "conmoe dequantise" in run("compress", folder, tmp_path / "no", "--keep", "0.5", "--refine", "refit").err
+    assert run("dequantise", folder, tmp_path / "full").code == 0
+    assert run("inspect", tmp_path / "full", "--json").json["quantisation"] is None
+    again = run("dequantise", folder, tmp_path / "full")
+    assert again.code == 2
+    assert "exists" in again.err
+
+
+def test_only_full_precision_is_tuned(low, tmp_path):
+    folder = low("qwen3_moe", "fp8-block")
+    with pytest.raises(conmoe.UsageError) as caught:
+        conmoe.tune(folder, tmp_path / "out", token_data(), conmoe.Tuning(), SILENT)
+    one_sentence(caught, "only full precision can be trained")
 
 
 def test_fit_counts_what_is_stored(low, tmp_path):

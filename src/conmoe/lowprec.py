@@ -23,7 +23,9 @@ from conmoe.shards import DTYPE_NAMES, Held, parts_of, read_tensor, tensor_outpu
 from conmoe.types import ConmoeError, UsageError
 
 #: What can be done with a model in low precision where full precision is needed.
-REMEDY = "keep them as they are, as by --method reap --refine none, or dequantise the checkpoint first"
+REMEDY = (
+    "keep them as they are, as by --method reap --refine none, or dequantise the checkpoint first (conmoe dequantise)"
+)
 
 _ORIGINAL = "take the full-precision checkpoint it was made from"
 #: Formats of compressed-tensors whose matrices are read.

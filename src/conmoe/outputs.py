@@ -60,12 +60,12 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
         elif target in sliced_rows:
             outputs.append(_rows(sources[0].entry, *sliced_rows[target]))
         else:
-            outputs += [output for piece in sources for output in _copies(piece.entry)]
+            outputs += [output for piece in sources for output in copies(piece.entry)]
     if form == "shared":
         for index, layer in layers.items():
             outputs += _maps(source, layer, scope_of.get(index))
     if form == "expanded":
-        return outputs + [output for entry in source.layout.ignored for output in _copies(entry)], ()
+        return outputs + [output for entry in source.layout.ignored for output in copies(entry)], ()
     return outputs, tuple(part.name for entry in source.layout.ignored for part in parts_of(entry))
 
 
@@ -116,7 +116,7 @@ def _expert_outputs(
     sources = source.layout.sources[target]
     if scope is None:
         for piece in sources:
-            yield from _copies(piece.entry)
+            yield from copies(piece.entry)
         return
     stored = stored_experts(layer, scope, form)
     if not stored.owner or not len(stored.prototype_S) or from_weights(scope.plan.weights)[0]:
@@ -135,7 +135,7 @@ def _expert_outputs(
                 output_name = renumbered(like.name, slot)
                 origin = stored.origin(slot)
                 if origin is not None:
-                    yield from _copies(tables[origin // layer.logical][origin % layer.logical], output_name)
+                    yield from copies(tables[origin // layer.logical][origin % layer.logical], output_name)
                 elif any(is_low(piece.entry) for piece in sources):
                     raise UsageError(
                         f"{source.folder} stores the experts of layer {layer.index} in low precision, and this plan "
@@ -280,7 +280,7 @@ def _maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> Iterator[
         yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
 
 
-def _copies(entry: Held, name: str = "") -> Iterator[Output]:
+def copies(entry: Held, name: str = "") -> Iterator[Output]:
     """A tensor byte by byte, with everything that it is made of; all under ``name``, if it gets another."""
     module = (name or entry.name).rpartition(".")[0]
     for part in parts_of(entry):

@@ -14,6 +14,7 @@ FILES = (
     "apply",
     "compress",
     "tune",
+    "dequantise",
     "evaluate",
     "bench",
     "generate",
