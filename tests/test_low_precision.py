@@ -34,6 +34,7 @@ from tests.results import (
     assert_bits,
     by_layer,
     config_of,
+    edit_config,
     expected_disk,
     hand_made,
     load,
@@ -224,6 +225,36 @@ def test_shared_is_expanded(family, kind, low, tmp_path):
     ]
     assert torch.equal(*got)
     assert not torch.equal(got[0], streamed_logits(folder, ids, 4, experts_implementation="batched_mm"))
+
+
+def test_layers_that_predict_further_tokens_go_with_their_scales(low, tmp_path):
+    folder = shutil.copytree(low("deepseek_v3", "fp8-block"), tmp_path / "source")
+    edit_config(folder, num_nextn_predict_layers=1)
+    tensors = on_disk(folder)
+    further = {
+        name.replace(".layers.2.", ".layers.3."): value.clone()
+        for name, value in tensors.items()
+        if ".layers.2." in name
+    }
+    save_file(tensors | further, folder / "model.safetensors", {"format": "pt"})
+    plan = plan_for(folder, "deepseek_v3", "shared")
+    assert set(conmoe.apply(folder, plan, tmp_path / "shared").dropped) == further.keys()
+    conmoe.apply(folder, plan, tmp_path / "expanded", form="expanded")
+    assert further.keys() <= on_disk(tmp_path / "expanded").keys()
+    assert config_of(tmp_path / "shared")["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.parametrize("method", ["cd-moe", "mone", "naee"])
+def test_what_stands_in_for_experts_stands_beside_their_scales(method, low, tmp_path):
+    """Static gates, constants, thresholds: the experts that stay keep their bytes."""
+    folder = low("qwen3_moe", "fp8-block")
+    conmoe.calibrate(folder, tmp_path / "stats", token_data(4), conmoe.Calibration(sample=32))
+    options = {"skip": True} if method == "naee" else {}
+    request = conmoe.Request(method, options=options, form="shared")
+    plan = conmoe.plan(folder, tmp_path / "stats", request=request)
+    conmoe.apply(folder, plan, tmp_path / "out")
+    conmoe.verify(tmp_path / "out", folder, plan, "shared")
+    assert conmoe.evaluate(tmp_path / "out", token_data(2, seed=3), against=folder).kl.value > 0
 
 
 def test_a_pool_of_two_layers_moves_with_its_scales(tmp_path):

@@ -24,6 +24,9 @@ def grid(shape: tuple[int, ...], tile: Tile) -> tuple[int, int]:
 def dequantise(value_OI: Tensor, scale_MN: Tensor, tile: Tile, zero_MN: Tensor | None = None) -> Tensor:
     """``w_oi = (q_oi - z_mn) * s_mn`` in float32, where tile ``mn`` holds the place ``oi``.
 
+    Tiles have their full size but for the last ones, as in DeepSeek-V3's ``weight_dequant`` (inference/kernel.py of its
+    repository). The rest is compressed-tensors' ``dequantize``, in float32 where that computes in the scale's dtype.
+
     Args:
         value_OI: the stored integers or 8-bit floats.
         scale_MN: what one step of them is worth, by tile.
