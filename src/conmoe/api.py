@@ -15,6 +15,7 @@ from conmoe.compress import Result, calibration_documents, check, compress
 from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, parse_spec
 from conmoe.demo import PROMPT as DEMO_PROMPT
 from conmoe.demo import Demo, demo
+from conmoe.dequantise import Dequantised, dequantise
 from conmoe.diagnosis import Diagnosis
 from conmoe.doctor import doctor
 from conmoe.effort import EFFORTS, Effort, settle
@@ -59,6 +60,7 @@ __all__ = [
     "ConmoeError",
     "DataSpec",
     "Demo",
+    "Dequantised",
     "Diagnosis",
     "Effort",
     "Fidelity",
@@ -84,6 +86,7 @@ __all__ = [
     "compress",
     "cut_prompts",
     "demo",
+    "dequantise",
     "doctor",
     "evaluate",
     "evaluate_generation",

@@ -31,8 +31,9 @@ from conmoe.artifacts import (
 from conmoe.checkpoint import MTP_FIELDS
 from conmoe.folding import fold
 from conmoe.forms import check_form, departures, sliced_counts
+from conmoe.lowprec import renumbered_modules
 from conmoe.moe import count_field
-from conmoe.outputs import forget_prototypes, plan_outputs
+from conmoe.outputs import expert_places, forget_prototypes, plan_outputs
 from conmoe.registry import Form
 from conmoe.report.card import model_card
 from conmoe.report.numbers import size
@@ -152,6 +153,10 @@ def result_config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) 
         for field in MTP_FIELDS:
             if field in config or getattr(source.config, field, None):
                 config |= dict.fromkeys(_stated(source.config, config, field), 0)
+    if source.scheme:
+        config["quantization_config"] = renumbered_modules(
+            config["quantization_config"], expert_places(source, plan, form)
+        )
     if form == "expanded":
         return config
     counts = _stated(source.config, config, count_field(source.config))
@@ -180,11 +185,7 @@ def _stated(config: PretrainedConfig, file: Mapping[str, Any], field: str) -> li
 
 def _write_rest(source: Source, plan: Plan, form: Form, config: Mapping[str, Any], out: Path) -> None:
     """Configuration, tokenizer, licence and everything else beside the weights, the plan, and the model card."""
-    for file in sorted(source.folder.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and file.name not in _OWN_FILES:
-            shutil.copy(file, out / file.name)
-    if (source.folder / CHAT_TEMPLATE_DIR).is_dir():
-        shutil.copytree(source.folder / CHAT_TEMPLATE_DIR, out / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
+    copy_beside(source.folder, out)
     if form == "shared":
         for file in runtime.packaged_files(source.config.model_type):
             shutil.copy(file, out / file.name)
@@ -192,6 +193,15 @@ def _write_rest(source: Source, plan: Plan, form: Form, config: Mapping[str, Any
     (out / PLAN_FOLDER).mkdir(exist_ok=True)
     write_plan(out / PLAN_FOLDER, plan, weights=False)
     (out / "README.md").write_text(model_card(source.folder, plan, form))
+
+
+def copy_beside(folder: Path, out: Path) -> None:
+    """Tokenizer, licence and everything else in ``folder`` beside weights, configuration and model card."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and file.name not in _OWN_FILES:
+            shutil.copy(file, out / file.name)
+    if (folder / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(folder / CHAT_TEMPLATE_DIR, out / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
 
 
 def _departures(source: Source, plan: Plan) -> dict[int, dict[str, Any]]:

@@ -33,6 +33,7 @@ from conmoe.evaluate import Fidelity, evaluate
 from conmoe.fit import fitted
 from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
+from conmoe.keeping import check_keeps
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan
 from conmoe.portrait import REPORT_JSON, Lost, portray
@@ -228,6 +229,7 @@ def check(model: Path, out: Path, request: Request, *, force: bool = False) -> N
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     check_compressible(source)
     asked = check_request(source.layers, fitted(source, request, SILENT))
+    check_keeps(source, asked, request)
     if asked.method.condenses and asked.form == "sliced":
         check_foldable(source)
     refuse_overlap(out, model)

@@ -55,6 +55,7 @@ class Inspection:
     legal_sliced_counts: tuple[int, ...]
     estimated_peak_bytes: int
     estimated_seconds: float  # to calibrate on 16,384 tokens, on this machine's CPU
+    quantisation: str | None = None  # how matrices are stored, where that is in low precision
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,8 +74,13 @@ def inspect(model: Path, *, trust_remote_code: bool = False, entries: dict[str, 
     routed = [entry for entry in source.entries.values() if owner.get(entry.name, "").startswith(prefixes)]
     total = sum(entry.nbytes for entry in source.entries.values())
     routed_bytes = sum(entry.nbytes for entry in routed)
-    parameters = sum(map(_count, source.entries.values()))
-    routed_parameters = sum(map(_count, routed))
+    parameters = sum(map(_count, source.tensors))
+    routed_parameters = sum(
+        _count(piece.entry)
+        for target, pieces in source.layout.sources.items()
+        if target.startswith(prefixes)
+        for piece in pieces
+    )
     active = parameters - routed_parameters + routed_parameters * first.top_k // first.stored
     return Inspection(
         family=source.config.model_type,
@@ -96,6 +102,7 @@ def inspect(model: Path, *, trust_remote_code: bool = False, entries: dict[str, 
         legal_sliced_counts=tuple(count for count in range(1, first.stored + 1) if _legal(first, count)),
         estimated_peak_bytes=_peak(source),
         estimated_seconds=2.0 * active * 16384 / _flops(source.model.dtype),
+        quantisation=source.scheme.name if source.scheme else None,
     )
 
 

@@ -56,22 +56,31 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor to be written: ``chunks()`` yields exactly ``nbytes`` bytes when its turn comes."""
+    """One tensor to be written: ``chunks()`` yields exactly ``nbytes`` bytes when its turn comes.
+
+    One with ``parts`` lies on disk as these, in low precision, and is computed from them when it is read.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     chunks: Callable[[], Iterable[bytes | memoryview]]
+    parts: tuple[Held, ...] = ()
 
     @property
     def file(self) -> Path:
         """Where an error would say that it is."""
-        return Path("(not written)")
+        return self.parts[0].file if self.parts else Path("(not written)")
 
 
 #: A tensor of a checkpoint, written or not.
 Held = Entry | Output
+
+
+def parts_of(entry: Held) -> tuple[Held, ...]:
+    """The tensors on disk that hold ``entry``: itself, or the parts that it is computed from."""
+    return entry.parts if isinstance(entry, Output) and entry.parts else (entry,)
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:

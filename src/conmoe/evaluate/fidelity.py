@@ -222,9 +222,6 @@ def _measured(values: Tensor) -> Measured:
 
 def _size(source: Source) -> tuple[int, int]:
     """Parameters and bytes on disk; maps, gains and the like count as bytes, not as parameters."""
-    parameters = bytes_ = 0
-    for entry in source.entries.values():
-        bytes_ += entry.nbytes
-        if not entry.name.endswith(_TABLES):
-            parameters += math.prod(entry.shape)
-    return parameters, bytes_
+    counted = (entry for entry in source.tensors if not entry.name.endswith(_TABLES))
+    bytes_ = sum(entry.nbytes for entry in source.entries.values())
+    return sum(math.prod(entry.shape) for entry in counted), bytes_

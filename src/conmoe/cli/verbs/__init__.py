@@ -15,6 +15,7 @@ FILES = (
     "apply",
     "compress",
     "tune",
+    "dequantise",
     "evaluate",
     "bench",
     "report",

@@ -122,8 +122,10 @@ def compress(
     from conmoe.cli import notes
     from conmoe.cli.read import read_data, read_device, read_dtype, read_options, read_request, read_specs
     from conmoe.compress import clear_work
+    from conmoe.keeping import low_experts
 
     folder = conmoe.locate(model)
+    stays = low_experts(folder, trust_remote_code=trust_remote_code) if refine is None else ""
     settings = settle(
         effort,
         method,
@@ -134,7 +136,10 @@ def compress(
         sequential=sequential,
         refine=refine,
         refine_options=read_options("--refine-option", refine_option),
+        refinable=not stays,
     )
+    if stays:
+        say(f"Note: {model} stores its experts as {stays}; they stay as they are, and are not refined (--refine none).")
     request = read_request(
         method,
         keep,

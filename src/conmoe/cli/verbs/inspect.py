@@ -33,6 +33,7 @@ def inspect(model: Model, json: Json = False, trust_remote_code: Remote = False)
             "parameters, active per token",
             f"{tables.quantity(found.parameters)}, {tables.quantity(found.active_parameters)}",
         ),
+        *([("stored in low precision", found.quantisation)] if found.quantisation else []),
         ("size, in routed experts", f"{size(found.total_bytes)}, {found.routed_share:.1%}"),
         *(
             (f"--keep {s.keep}", f"{s.experts} experts, {size(s.bytes)} (saves {size(s.saved_bytes)})")
