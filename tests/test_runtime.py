@@ -202,21 +202,6 @@ def test_router_logits_and_the_balancing_loss_count_logical_experts(tmp_path):
     assert torch.isfinite(output.aux_loss)
 
 
-def test_static_cache_generates_the_same(tmp_path):
-    model = load(write_shared("qwen3_moe", tmp_path))
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "disable_compile": True}
-    plain = model.generate(tokens(6), **options)
-    assert torch.equal(model.generate(tokens(6), cache_implementation="static", **options), plain)
-
-
-@pytest.mark.slow
-def test_compiles_into_one_graph(tmp_path):
-    model = load(write_shared("olmoe", tmp_path), experts_implementation="grouped_mm")
-    expected = logits(model)
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(logits(compiled), expected, atol=1e-4, rtol=1e-4)
-
-
 POOLS = {1: (1, 6), 2: (1, 6), 3: (3, 3)}
 
 
@@ -341,3 +326,17 @@ def test_registration_is_idempotent_and_open_to_other_families():
 def test_shared_config_wants_the_expert_count_it_replaces():
     with pytest.raises(ConmoeError, match="states no expert count of 8"):
         shared_config({"num_experts": 16}, "olmoe", "OlmoeForCausalLM", prototypes=4, logical=8)
+
+
+def test_a_router_that_is_a_linear_layer_answers_the_same_out_of_reach_of_vllm(tmp_path):
+    model = load(write_shared("phimoe", tmp_path, gains=[1 + index / 10 for index in range(EXPERTS)]))
+    expected = logits(model)
+    names = set(model.state_dict())
+    for layer in model.model.layers:
+        modeling_conmoe._put(layer.mlp, layer.mlp.router, modeling_conmoe.ShelteredRouter(layer.mlp.router))
+        assert not [module for module in layer.mlp.router.modules() if isinstance(module, torch.nn.Linear)]
+        layer.mlp.router.weight = torch.nn.Parameter(layer.mlp.router.weight.clone())  # as an engine loads it
+    assert set(model.state_dict()) == names
+    assert torch.equal(logits(model), expected)
+    model.model.layers[1].mlp.router.expert_map.zero_()
+    assert not torch.equal(logits(model), expected)
