@@ -85,15 +85,20 @@ def check_served(folder: Path, route: str, against: Path) -> dict[str, Any]:
                 expected = _in_transformers(against, route, Path(scratch))  # while the server starts
                 wait_for_health(process, url)
                 listed = [model["id"] for model in _request(f"{url}/v1/models")["data"]]
-                answers = [complete(url, listed[0], prompt) for prompt in prompts]
-                streamed = complete(url, listed[0], prompts[0], stream=True)
-        except (OSError, RuntimeError) as error:
+                answers = [complete(url, folder.name, prompt) for prompt in prompts]
+                streamed = complete(url, folder.name, prompts[0], stream=True)
+        except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
             return {**row, **_routing(log), "ok": False, "error": str(error), "log": _decisive(log)}
         row |= {**_routing(log), "log": _decisive(log)}
     equal = [_common(a, b) for a, b in zip(answers, expected, strict=True)]
-    row |= {"equal": sum(equal), "total": NEW_TOKENS * len(equal), "streamed": streamed == answers[0], "models": listed}
+    row |= {
+        "equal": sum(equal),
+        "total": NEW_TOKENS * len(equal),
+        "streamed": streamed == answers[0],
+        "listed": listed == [folder.name],
+    }
     routed = route == "stock" or row["routing"] == "external"
-    return {**row, "ok": routed and row["streamed"] and row["equal"] == row["total"]}
+    return {**row, "ok": routed and row["listed"] and row["streamed"] and row["equal"] == row["total"]}
 
 
 def check_refused(folder: Path, route: str, _: Path) -> dict[str, Any]:
@@ -122,6 +127,7 @@ def serving(folder: Path, route: str, log: Path) -> Iterator[tuple[subprocess.Po
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", folder.name]
     command += [*ENGINE, "--host", "127.0.0.1", "--port", str(port), *(["--trust-remote-code"] if remote_code else [])]
     # A module cache of its own, so that remote code is really that of the folder.
     environment = {**os.environ, **SETTINGS, "VLLM_PLUGINS": plugins, "HF_MODULES_CACHE": str(log.parent / "modules")}
@@ -238,7 +244,7 @@ def _token_ids(folder: Path) -> list[list[int]]:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:

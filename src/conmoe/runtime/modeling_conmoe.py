@@ -101,6 +101,8 @@ class ConsolidatedModel(PreTrainedModel):
             owner, size = pools.get(str(layer), (layer, prototypes))
             departure = departures.get(str(layer), {})
             block = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(router, nn.Linear) and self.config._attn_implementation == "vllm":
+                raise ValueError("vLLM cannot serve a router that is a linear layer: write the sliced form instead.")
             if "static" in departure:
                 _condense(block, experts, router, logical, departure["static"])
                 continue
@@ -112,8 +114,6 @@ class ConsolidatedModel(PreTrainedModel):
             if rows != logical:
                 _cut_rows(block, router, logical, rows)
             _remap(router, rows, size + departure.get("constants", 0))
-            if isinstance(router, nn.Linear) and self.config._attn_implementation == "vllm":
-                _put(block, router, ShelteredRouter(router))
             if "constants" in departure:
                 _add_constants(experts, departure["constants"], self.config.hidden_size)
             if departure.get("skip"):
@@ -228,15 +228,12 @@ def _cut_rows(block: nn.Module, router: nn.Module, logical: int, rows: int) -> N
 
 
 def _condense(block: nn.Module, experts: nn.Module, router: nn.Module, logical: int, size: int) -> None:
-    _put(block, router, StaticRouter(size))
+    name = next(name for name, child in block.named_children() if child is router)
+    setattr(block, name, StaticRouter(size))
     if size:
         _resize(experts, logical, size)
     else:
         block.experts = NoExperts()
-
-
-def _put(block: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    setattr(block, next(name for name, child in block.named_children() if child is old), new)
 
 
 def _add_constants(experts: nn.Module, constants: int, width: int) -> None:
@@ -399,26 +396,6 @@ class RemappingRouter(nn.Module):
         # The others take over its share of the token's gates, which is renormalising where the sum was one.
         left_Tk = left_Tk * (weight_Tk.sum(-1, keepdim=True) / left_Tk.sum(-1, keepdim=True))
         return mapped_Tk.masked_fill(skipped_Tk, self.answers), left_Tk
-
-
-class ShelteredRouter(nn.Module):
-    """Holds the tensors of a router that is a linear layer itself, which vLLM would take for one and replace."""
-
-    def __init__(self, router: nn.Module) -> None:
-        super().__init__()
-        for name, parameter in list(router.named_parameters()):
-            self.register_parameter(name, parameter)
-            delattr(router, name)
-        for name, buffer in list(router.named_buffers()):
-            self.register_buffer(name, buffer)
-            delattr(router, name)
-        self.__dict__["_router"] = router  # not a submodule: nothing of it is left to load or to replace
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        router = self.__dict__["_router"]
-        router.__dict__.update(self._parameters, **self._buffers)
-        answer: tuple[Tensor, ...] = router(*args, **kwargs)
-        return answer
 
 
 def _config_class(stock: Any, module: str) -> Any:
