@@ -194,7 +194,7 @@ def test_numbers_of_the_figures_are_those_of_the_runs():
 def test_the_verdict_follows_its_rule(agreement):
     words = verdict(Run("a", bytes=1, source_bytes=2, numbers={"top1_agreement": Figure(agreement, None)}))
     reached = [least for least, _ in VERDICTS if agreement >= least]
-    assert words.endswith(f"{dict(VERDICTS)[max(reached)]}.")
+    assert words.endswith(dict(VERDICTS)[max(reached)])
     assert "50%" in words
 
 

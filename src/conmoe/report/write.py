@@ -27,10 +27,10 @@ _MISSING = 'The report needs jinja2; pip install "conmoe[report]" brings it.'
 
 #: The verdict: the first line whose share of agreeing tokens is reached, less one standard error.
 VERDICTS = (
-    (0.95, "on this text it says almost always what the source says"),
-    (0.85, "close to the source on this text"),
-    (0.70, "a visibly different model, whose tasks should be measured before it is used"),
-    (-math.inf, "far from the source: keep more experts, calibrate on text of its users, or tune it"),
+    (0.95, "On this text it says almost always what the source says."),
+    (0.85, "Close to the source on this text."),
+    (0.70, "A visibly different model: measure its tasks before it is used."),
+    (-math.inf, "Far from the source: keep more experts, calibrate on text of its users, or tune it."),
 )
 
 
@@ -125,14 +125,14 @@ def headline(runs: Sequence[Run]) -> Run | None:
 
 
 def verdict(run: Run) -> str:
-    """One sentence, by the share of tokens for which the most likely token stays the same (``VERDICTS``)."""
+    """Two sentences, by the share of tokens for which the most likely token stays the same (``VERDICTS``)."""
     size_now = f"At {run.share:.0%} of the source's size" if run.share else "It"
     agreement = run.numbers.get("top1_agreement")
     if agreement is None:
         return f"{size_now}: how close it is to the source was not measured."
     sure = agreement.value - (agreement.stderr or 0.0)
     words = next(words for least, words in VERDICTS if not sure < least)
-    return f"{size_now}, it prefers the source's next token {agreement.value:.0%} of the time: {words}."
+    return f"{size_now}, it prefers the source's next token {agreement.value:.0%} of the time. {words}"
 
 
 def number(figure: Figure | None, percent: bool = False) -> str:
