@@ -35,6 +35,7 @@ from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan
+from conmoe.preflight import Serve, case_of_request, look, refuse
 from conmoe.progress import SILENT
 from conmoe.progress import Progress as Progress
 from conmoe.registry import Form
@@ -190,8 +191,14 @@ def clear_work(work: Path) -> None:
         work.rmdir()
 
 
-def check(model: Path, out: Path, request: Request, *, force: bool = False) -> None:
-    """Everything that can be refused before text is read: the model, the request, the output."""
+def check(
+    model: Path, out: Path, request: Request, *, force: bool = False, serve: Serve | None = None
+) -> tuple[str, ...]:
+    """Everything that can be refused before text is read: the model, the request, the output, the engine.
+
+    Returns:
+        What there is to say of the engine that is to serve the result, where that is no refusal.
+    """
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     check_compressible(source)
     asked = check_request(source.layers, fitted(source, request, SILENT))
@@ -199,6 +206,11 @@ def check(model: Path, out: Path, request: Request, *, force: bool = False) -> N
         check_foldable(source)
     refuse_overlap(out, model)
     check_free(out, force=force)
+    if serve is None:
+        return ()
+    serving = look(case_of_request(source, asked, serve), serve.engine)
+    refuse(serving)
+    return serving.warnings
 
 
 def calibration_documents(result: Path) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from conmoe.cli.arguments import (
     Data,
     Device,
     Dtype,
+    ExpertParallel,
     Fit,
     Force,
     FormName,
@@ -31,6 +32,8 @@ from conmoe.cli.arguments import (
     Scope,
     Seed,
     SeqLen,
+    ServeEngine,
+    TensorParallel,
 )
 from conmoe.cli.console import say
 from conmoe.effort import DEFAULT_EFFORT, settle
@@ -76,6 +79,9 @@ def compress(
     ] = None,
     refine_option: RefineOptions = None,
     form: FormName = None,
+    serve: ServeEngine = "",
+    tp: TensorParallel = 1,
+    ep: ExpertParallel = 1,
     data: Data = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="How many tokens of text to use. By default, --effort.")
@@ -117,7 +123,7 @@ def compress(
     place of `--keep` whatever fits.
     """
     from conmoe.cli import notes
-    from conmoe.cli.read import read_data, read_device, read_dtype, read_options, read_request, read_specs
+    from conmoe.cli.read import read_data, read_device, read_dtype, read_options, read_request, read_serve, read_specs
     from conmoe.compress import clear_work
 
     folder = conmoe.locate(model)
@@ -151,7 +157,8 @@ def compress(
         fit=fit,
     )
     calibration = conmoe.Calibration(settings.sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
-    conmoe.check(folder, out, request, force=force)
+    for warning in conmoe.check(folder, out, request, force=force, serve=read_serve(serve, tp, ep)):
+        say(f"Warning: {warning}")
     read_specs(evaluate_data, "--eval-data")
     text = read_data(folder, data, settings.tokens, seq_len, seed, trust_remote_code)
     held_out = None
