@@ -33,6 +33,7 @@ from conmoe.evaluate import Fidelity, evaluate
 from conmoe.fit import fitted
 from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
+from conmoe.mtp import Policy, settle
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan
 from conmoe.preflight import Serve, case_of_request, look, refuse
@@ -84,6 +85,7 @@ class Result:
             "warnings": [advice.model_dump(mode="json") for advice in self.warnings],
             "calibration_documents": list(self.manifest.documents),
             "dropped_tensors": list(self.applied.dropped),
+            "mtp": self.applied.heads.as_json(),
             "version": self.plan.version,
         }
 
@@ -101,6 +103,7 @@ def compress(
     held_out: TokenData | None = None,
     verified: bool = True,
     force: bool = False,
+    mtp: Policy = "auto",
 ) -> Result:
     """Make a smaller checkpoint and measure what it cost.
 
@@ -116,13 +119,14 @@ def compress(
         held_out: tokens to measure fidelity on; None to measure nothing.
         verified: load the result and compare it with the plan.
         force: replace ``out`` if it exists.
+        mtp: what becomes of heads that predict further tokens: :mod:`conmoe.mtp`.
     """
     refuse_several("compress")
     trust = calibration.trust_remote_code
     request = replace(request, form=form, device=calibration.device, trust_remote_code=trust)
-    check(model, out, request, force=force)
+    check(model, out, request, force=force, mtp=mtp)
     source = open_source(model, dtype=calibration.dtype, trust_remote_code=trust)
-    request = fitted(source, request, progress)
+    request = fitted(source, request, progress, mtp)
     depth, tokens = source.config.num_hidden_layers, data.tokens
     refuse_overlap(work, model)
     if work.resolve() == out.resolve():
@@ -148,11 +152,11 @@ def compress(
     with ExitStack() as until_named:  # a result has its name only when it is verified and measured
         with progress.stage("apply", 0, "bytes") as advance:
             applied = until_named.enter_context(
-                applying(model, made, out, form=form, force=force, trust_remote_code=trust, advance=advance)
+                applying(model, made, out, form=form, force=force, trust_remote_code=trust, mtp=mtp, advance=advance)
             )
         if verified:
             with progress.stage("verify", applied.bytes, "bytes") as advance, _spoiled_by_error(applied.folder):
-                verify(applied.folder, model, made, applied.form, trust_remote_code=trust, advance=advance)
+                verify(applied.folder, model, made, applied.form, trust_remote_code=trust, mtp=mtp, advance=advance)
         fidelity = None
         if held_out is not None:
             with progress.stage("evaluate", 2 * held_out.tokens * depth, "tokens x layers") as advance:
@@ -192,7 +196,13 @@ def clear_work(work: Path) -> None:
 
 
 def check(
-    model: Path, out: Path, request: Request, *, force: bool = False, serve: Serve | None = None
+    model: Path,
+    out: Path,
+    request: Request,
+    *,
+    force: bool = False,
+    serve: Serve | None = None,
+    mtp: Policy = "auto",
 ) -> tuple[str, ...]:
     """Everything that can be refused before text is read: the model, the request, the output, the engine.
 
@@ -201,14 +211,17 @@ def check(
     """
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     check_compressible(source)
-    asked = check_request(source.layers, fitted(source, request, SILENT))
+    asked = check_request(source.layers, fitted(source, request, SILENT, mtp))
     if asked.method.condenses and asked.form == "sliced":
         check_foldable(source)
+    case = case_of_request(source, asked, serve)
+    if not case.uneven:
+        settle(source, case.K, mtp, whole=asked.form == "expanded")
     refuse_overlap(out, model)
     check_free(out, force=force)
     if serve is None:
         return ()
-    serving = look(case_of_request(source, asked, serve), serve.engine)
+    serving = look(case, serve.engine)
     refuse(serving)
     return serving.warnings
 

@@ -13,6 +13,7 @@ import torch
 from conmoe.allocate import experts_kept, parse_keep
 from conmoe.forms import check_groups
 from conmoe.moe import MoeLayer, decoder_layers
+from conmoe.mtp import find_heads
 from conmoe.preflight import Serve, Serving, case_of_checkpoint, look
 from conmoe.registry import Form
 from conmoe.shards import Entry, Held
@@ -32,6 +33,16 @@ class Saving:
     experts: int
     bytes: int
     saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """A head that predicts further tokens."""
+
+    tensors: int
+    bytes: int
+    experts: int  # of its own, 0: none
+    odd: str  # why they could not be pruned; empty where they can
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,7 @@ class Inspection:
     legal_sliced_counts: tuple[int, ...]
     estimated_peak_bytes: int
     estimated_seconds: float  # to calibrate on 16,384 tokens, on this machine's CPU
+    mtp: HeadFacts | None = None  # the head that predicts further tokens, if there is one
     serving: Serving | None = None  # what an engine would say, where one was named
 
     def as_json(self) -> dict[str, Any]:
@@ -119,8 +131,16 @@ def inspect(
         legal_sliced_counts=tuple(count for count in range(1, first.stored + 1) if _legal(first, count)),
         estimated_peak_bytes=_peak(source),
         estimated_seconds=2.0 * active * 16384 / _flops(source.model.dtype),
+        mtp=_head(source),
         serving=look(case_of_checkpoint(source, serve, kept, form), serve.engine) if serve else None,
     )
+
+
+def _head(source: Source) -> HeadFacts | None:
+    heads = find_heads(source)
+    size = sum(entry.nbytes for entry in heads.entries)
+    experts = source.layers[0].logical if heads.has_experts else 0
+    return HeadFacts(len(heads.entries), size, experts, heads.odd) if heads.entries else None
 
 
 def _saving(keep: float, experts: int, routed: int, total: int) -> Saving:

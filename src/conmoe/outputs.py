@@ -12,6 +12,7 @@ from conmoe.checkpoint import disk_name, is_stack, renumbered
 from conmoe.folding import fold, forget_folded
 from conmoe.forms import Stored, is_condensed, own_part, stored_experts
 from conmoe.moe import MoeLayer, family_layout, logical_rows, scores_name
+from conmoe.mtp import is_head
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.ops.factors import from_weights
 from conmoe.registry import Form
@@ -21,7 +22,10 @@ from conmoe.types import LayerPlan, Plan, ScopePlan, UsageError
 
 
 def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tuple[str, ...]]:
-    """Every tensor of the result, in the source's order, and the names of those left out on purpose."""
+    """Every tensor of the result, in the source's order, and the names of those left out on purpose.
+
+    Heads that predict further tokens are not among either: :mod:`conmoe.mtp` sees to them.
+    """
     layers = {layer.index: layer for layer in source.layers}
     scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
     outputs: list[Output] = []
@@ -47,9 +51,10 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
     if form == "shared":
         for index, layer in layers.items():
             outputs += _maps(source, layer, scope_of.get(index))
+    unread = [entry for entry in source.layout.ignored if not is_head(source, entry.name)]
     if form == "expanded":
-        return outputs + [_copy(entry) for entry in source.layout.ignored], ()
-    return outputs, tuple(entry.name for entry in source.layout.ignored)
+        return outputs + [_copy(entry) for entry in unread], ()
+    return outputs, tuple(entry.name for entry in unread)
 
 
 def router_rows(source: Source, plan: Plan, form: Form) -> dict[str, tuple[int, Tensor]]:

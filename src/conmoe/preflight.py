@@ -98,19 +98,20 @@ def case_of_checkpoint(source: Source, serve: Serve, keep: int | None, form: str
     return Case(facts, counts, "shared", serve.tp, serve.ep, departs, 2 if shared else 1)
 
 
-def case_of_request(source: Source, asked: Asked, serve: Serve) -> Case:
-    """What a request would come to."""
+def case_of_request(source: Source, asked: Asked, serve: Serve | None = None) -> Case:
+    """What a request would come to, as far as that is known before it is planned."""
+    tp, ep = (serve.tp, serve.ep) if serve else (1, 1)
     planned = sum(len(scope) for scope in asked.scopes)
     changed = asked.counts != asked.cap
     uneven = changed and not asked.budget.even
     form = "shared" if uneven and asked.form == "sliced" else asked.form
     facts, scope = facts_of(source), max(len(scope) for scope in asked.scopes)
     if form == "expanded" or (asked.method.condenses and form == "sliced"):
-        return Case(facts, (facts.experts,), "sliced", serve.tp, serve.ep)
+        return Case(facts, (facts.experts,), "sliced", tp, ep)
     rest = {facts.experts} if planned < len(source.layers) else set()
     counts = tuple(sorted({count or facts.experts for count in asked.counts} | rest))
     departs = form == "shared" and changed and _departs(asked)
-    return Case(facts, counts, form, serve.tp, serve.ep, departs, scope, uneven)
+    return Case(facts, counts, form, tp, ep, departs, scope, uneven)
 
 
 def _departs(asked: Asked) -> bool:

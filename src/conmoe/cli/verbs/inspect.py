@@ -75,6 +75,10 @@ def _show(model: str, found: conmoe.Inspection) -> None:
         ("memory to compress, about", size(found.estimated_peak_bytes)),
         ("time to calibrate on this CPU, about", f"{max(1, math.ceil(found.estimated_seconds))} s for 16,384 tokens"),
     ]
+    if found.mtp:
+        experts = f"{found.mtp.experts} experts" if found.mtp.experts else "no experts"
+        note = f"; {found.mtp.odd}" if found.mtp.odd else ""
+        rows.append(("head for further tokens (MTP)", f"{size(found.mtp.bytes)}, {experts}{note}"))
     serving = found.serving
     if serving:
         counts = " and ".join(map(str, dict.fromkeys((serving.counts[0], serving.counts[-1]))))
