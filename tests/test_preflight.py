@@ -53,6 +53,7 @@ SIDES = {
     ("sglang", "too few"): (case(PLAIN, 8), case(PLAIN, 7)),
     ("sglang", "groups"): (case(GROUPED, 128), case(GROUPED, 100)),
     ("sglang", "expert-parallel size"): (case(QWEN, 64, tp=4, ep=2), case(QWEN, 64, tp=2, ep=4)),
+    ("sglang", "expert-parallel remainder"): (case(QWEN, 64, tp=4, ep=2), case(QWEN, 63, tp=4, ep=3)),
     ("sglang", "unequal ranks"): (case(QWEN, 64, tp=4, ep=4), case(QWEN, 66, tp=4, ep=4)),
     ("sglang", "more ranks than experts"): (case(QWEN, 16, tp=16), case(QWEN, 8, tp=16)),
     ("sglang", "expert width"): (case(QWEN, 64, tp=512, ep=512), case(QWEN, 64, tp=512, ep=1)),

@@ -1,8 +1,25 @@
 """Which expert counts the engines take: a table of rules, read from their sources, and a pure function over it.
 
-A rule says when an engine refuses a checkpoint (it stops, or computes something else without a word) and when it only
-warns (a slower kernel, or something that nobody tried). It never refuses on a suspicion: what was not read in the
-engine's source, or run, is a warning that says so. The versions are those of the sources that were read.
+An engine builds its kernels and splits its work for certain numbers of experts, and a compressed model may have
+another. Whether one takes what `--keep` would leave is asked before any work:
+
+    conmoe inspect MODEL --keep 0.5 --serve vllm --tp 2 --ep 4
+    conmoe compress MODEL OUT --keep 0.5 --serve vllm --tp 2 --ep 4
+
+A count that the engine refuses ends both with exit code 2 and a sentence that names the nearest counts it takes;
+`inspect --json` has all findings. Without `--keep`, `inspect` asks about the checkpoint itself. The form is sliced
+unless `--form shared` is given; `compress` knows the form, the budget and the layers that its result will have.
+
+A rule **refuses** where the engine stops, or computes something else without a word. It **warns** of a slower kernel,
+and of what nobody tried. Nothing is refused on a suspicion: what was not read in the engine's source, or run, is a
+warning that says so. `--tp` and `--ep` are tensor- and expert-parallel ranks as the engine counts them: vLLM spreads
+experts over all tensor- and data-parallel ranks, so `--tp 2 --ep 4` is `--tensor-parallel-size 2 --data-parallel-size
+2 --enable-expert-parallel`; SGLang's expert-parallel ranks are a part of its tensor-parallel ones.
+
+What was done: the Python sources of the named vLLM, SGLang, MLX and Transformers releases were read, and for CUDA
+kernels and llama.cpp files of their public repositories, which are not of one release. Only Transformers was run
+against these rules (in the tests), and vLLM on a CPU with results in the shared form ([serving.md](serving.md)). No
+rule was tried on a GPU or on several ranks. Other releases may differ in either direction.
 """
 
 from __future__ import annotations
@@ -235,9 +252,13 @@ RULES: tuple[Rule, ...] = (
     Rule("sglang", "groups", "refuse", "routers with groups, sliced", _ungroupable, _GROUPS,
          "srt/layers/moe/topk.py (grouped_topk, biased_grouped_topk: view(tokens, groups, -1), top 2 of each group)"),
     Rule("sglang", "expert-parallel size", "refuse", "all, with expert parallelism",
-         lambda c: c.ep > 1 and (c.ep > c.tp or c.tp % c.ep != 0),
-         "--ep-size is a part of --tp-size there, and {ep} does not divide {tp}",
+         lambda c: c.ep > c.tp,
+         "its expert-parallel ranks are a part of the tensor-parallel ones, and {ep} are more than {tp}",
          "srt/runtime_context.py (derive_parallel_widths: moe_tp_size = tp_size // ep_size)"),
+    Rule("sglang", "expert-parallel remainder", "warn", "all, with expert parallelism",
+         lambda c: c.tp > c.ep > 1 and c.tp % c.ep != 0,
+         "{ep} expert-parallel ranks do not divide {tp} tensor-parallel ones; what it makes of the rest was not read",
+         "srt/runtime_context.py (derive_parallel_widths)"),
     Rule("sglang", "unequal ranks", "refuse", "all, with expert parallelism",
          lambda c: c.ep > 1 and c.K % c.ep != 0,
          "every expert-parallel rank holds equally many experts, and {ep} does not divide {K}",
@@ -269,7 +290,7 @@ RULES: tuple[Rule, ...] = (
     # --- llama.cpp ---
     Rule("llama.cpp", "maps", "refuse", "shared", lambda c: c.form == "shared",
          "its converter knows no model with a map (the sliced form has none)",
-         "convert_hf_to_gguf.py (one class for each architecture)"),
+         "convert_hf_to_gguf.py (one class for each architecture), not run"),
     Rule("llama.cpp", "too few", "refuse", "all", _unreachable, _TOO_FEW,
          "src/llama-model.cpp (n_expert_used <= n_expert)"),
     Rule("llama.cpp", "groups", "refuse", "routers with groups", _ungroupable, _GROUPS,
@@ -283,7 +304,7 @@ RULES: tuple[Rule, ...] = (
          "to 512, and 576; the choice is the same, the speed was not measured",
          "ggml/src/ggml-cuda/topk-moe.cu (ggml_cuda_should_use_topk_moe)"),
     Rule("llama.cpp", "parallelism", "warn", "all", lambda c: c.tp > 1 or c.ep > 1,
-         "it has no --tp and --ep of this kind; they were left out of account", "tools/server"),
+         "it has no --tp and --ep of this kind; they were left out of account", "not read"),
     # --- MLX ---
     Rule("mlx", "maps", "refuse", "shared", lambda c: c.form == "shared",
          "it has no class for a model with a map (the sliced form has none)",
