@@ -297,10 +297,11 @@ def test_a_head_without_experts_is_kept_whatever_becomes_of_the_layers(tmp_path)
         conmoe.verify(tmp_path / mtp, folder, plan, "sliced", mtp=mtp)
 
 
+@pytest.mark.parametrize("form", ["sliced", "shared"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
-def test_transformers_drafts_with_the_pruned_head_and_decodes_the_same_tokens(family, headed, tmp_path):
+def test_transformers_drafts_with_the_pruned_head_and_decodes_the_same_tokens(family, form, headed, tmp_path):
     folder, _ = headed(family)
-    conmoe.apply(folder, plan_of(folder, [1, 3, 4, 7]), tmp_path / "out", form="sliced")
+    conmoe.apply(folder, plan_of(folder, [1, 3, 4, 7]), tmp_path / "out", form=form)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3.*"]  # the class knows the depth of published models
     ids = torch.arange(5).unsqueeze(0)
@@ -387,8 +388,17 @@ def test_compress_refuses_to_keep_a_head_before_any_text_is_read(run, headed, ch
     assert settle(open_source(checkpoint("glm4_moe")), 4, "keep").policy is None
 
 
-def test_inspect_shows_the_head(run, headed, checkpoint):
+def test_inspect_shows_the_head(run, headed, checkpoint, tmp_path):
     folder, head = headed("qwen3_next")
+    plan = plan_of(folder, [0, 2, 4, 6])
+    saving = next(each for each in conmoe.inspect(folder).savings if each.keep == 0.5)
+    assert conmoe.apply(folder, plan, tmp_path / "sliced", form="sliced").bytes < saving.bytes  # router rows
+    for form in ("sliced", "shared"):
+        conmoe.apply(folder, plan, tmp_path / form, form=form, force=True)
+        pruned = conmoe.inspect(tmp_path / form).mtp
+        assert pruned is not None
+        assert (pruned.experts, pruned.odd) == (4, "")
+        assert saving.bytes - conmoe.inspect(tmp_path / form).total_bytes < 8192
     found = run("inspect", folder, "--json").json["mtp"]
     assert found == {"tensors": len(head), "bytes": sum(v.nbytes for v in head.values()), "experts": EXPERTS, "odd": ""}
     assert "head for further tokens" in run("inspect", folder).out

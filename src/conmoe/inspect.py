@@ -12,8 +12,8 @@ import torch
 
 from conmoe.allocate import experts_kept, parse_keep
 from conmoe.forms import check_groups
-from conmoe.moe import MoeLayer, decoder_layers
-from conmoe.mtp import find_heads
+from conmoe.moe import MoeLayer, count_field, decoder_layers
+from conmoe.mtp import find_heads, most_bytes
 from conmoe.preflight import Serve, Serving, case_of_checkpoint, look
 from conmoe.registry import Form
 from conmoe.shards import Entry, Held
@@ -127,7 +127,7 @@ def inspect(
         total_bytes=total,
         routed_share=routed_bytes / total,
         dtype=str(source.model.dtype).removeprefix("torch."),
-        savings=tuple(_saving(share, first.stored, routed_bytes, total) for share in shares),
+        savings=tuple(_saving(source, share, routed_bytes, total) for share in shares),
         legal_sliced_counts=tuple(count for count in range(1, first.stored + 1) if _legal(first, count)),
         estimated_peak_bytes=_peak(source),
         estimated_seconds=2.0 * active * 16384 / _flops(source.model.dtype),
@@ -139,13 +139,15 @@ def inspect(
 def _head(source: Source) -> HeadFacts | None:
     heads = find_heads(source)
     size = sum(entry.nbytes for entry in heads.entries)
-    experts = source.layers[0].logical if heads.has_experts else 0
+    experts = int(getattr(source.config, count_field(source.config))) if heads.has_experts else 0
     return HeadFacts(len(heads.entries), size, experts, heads.odd) if heads.entries else None
 
 
-def _saving(keep: float, experts: int, routed: int, total: int) -> Saving:
+def _saving(source: Source, keep: float, routed: int, total: int) -> Saving:
+    experts = source.layers[0].stored
     count = experts_kept(keep, experts)
     saved = routed - routed * count // experts
+    saved += most_bytes(source, experts, "auto") - most_bytes(source, count, "auto")
     return Saving(keep, count, total - saved, saved)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from conmoe.checkpoint import MTP_FIELDS, renumbered
 from conmoe.forms import check_groups
-from conmoe.moe import MoeLayer
+from conmoe.moe import MoeLayer, count_field
 from conmoe.ops.scores import flatness
 from conmoe.shards import Held, Output, raw_chunks, read_tensor, tensor_output, torch_dtype
 from conmoe.source import Source
@@ -122,7 +122,7 @@ def find_heads(source: Source) -> Heads:
             single[one[1]][one[3]][int(one[2])] = entry
         elif every:
             fused[every[1]].append(entry)
-    blocks, E = [], source.layers[0].logical if source.layers else 0
+    blocks, E = [], int(getattr(source.config, count_field(source.config)))
     for path in (*single, *(path for path in fused if path not in single)):
         found = _block(path, single.get(path, {}), fused.get(path, []), entries, E)
         if isinstance(found, str):
