@@ -187,7 +187,7 @@ def renumbered(name: str, expert: int) -> str:
 def _further_layers(model: PreTrainedModel) -> list[re.Pattern[str]]:
     """The layers after the last that predict further tokens; the class knows their number in one size of a family."""
     last = getattr(model.config, "num_hidden_layers", 0)
-    further = getattr(model.config, MTP_FIELDS[0], None) or 0
+    further = max(int(getattr(model.config, field, None) or 0) for field in MTP_FIELDS)
     return [re.compile(rf"(?:^|\.)layers\.{last + extra}\.") for extra in range(further)]
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from conmoe.apply import SHARD_BYTES, check_space, copy_beside
 from conmoe.artifacts import building, checkpoint_fingerprint, fingerprint, refuse_overlap
 from conmoe.lowprec import is_low
-from conmoe.outputs import copies
-from conmoe.shards import Output, write_shards
+from conmoe.shards import Output, copies, write_shards
 from conmoe.source import open_source
 from conmoe.types import UsageError
 

@@ -13,6 +13,7 @@ from conmoe.folding import fold, forget_folded
 from conmoe.forms import Stored, is_condensed, own_part, stored_experts
 from conmoe.lowprec import REMEDY, Places, is_low
 from conmoe.moe import MoeLayer, family_layout, logical_rows, scores_name
+from conmoe.mtp import is_head
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.ops.factors import from_weights
 from conmoe.registry import Form
@@ -21,6 +22,7 @@ from conmoe.shards import (
     Held,
     Output,
     bytes_of,
+    copies,
     parts_of,
     raw_chunks,
     read_tensor,
@@ -32,7 +34,10 @@ from conmoe.types import LayerPlan, Plan, ScopePlan, UsageError
 
 
 def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tuple[str, ...]]:
-    """Every tensor of the result, in the source's order, and the names of those left out on purpose."""
+    """Every tensor of the result, in the source's order, and the names of those left out on purpose.
+
+    Heads that predict further tokens are not among either: :mod:`conmoe.mtp` sees to them.
+    """
     layers = {layer.index: layer for layer in source.layers}
     scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
     outputs: list[Output] = []
@@ -64,9 +69,10 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
     if form == "shared":
         for index, layer in layers.items():
             outputs += _maps(source, layer, scope_of.get(index))
+    unread = [entry for entry in source.layout.ignored if not is_head(source, entry.name)]
     if form == "expanded":
-        return outputs + [output for entry in source.layout.ignored for output in copies(entry)], ()
-    return outputs, tuple(part.name for entry in source.layout.ignored for part in parts_of(entry))
+        return outputs + [output for entry in unread for output in copies(entry)], ()
+    return outputs, tuple(part.name for entry in unread for part in parts_of(entry))
 
 
 def expert_places(source: Source, plan: Plan, form: Form) -> Places:
@@ -278,14 +284,6 @@ def _maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> Iterator[
     for path, value in maps(source, layer, scope).items():
         disk, kind = map_name(source, path, value), DTYPE_NAMES[value.dtype]
         yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
-
-
-def copies(entry: Held, name: str = "") -> Iterator[Output]:
-    """A tensor byte by byte, with everything that it is made of; all under ``name``, if it gets another."""
-    module = (name or entry.name).rpartition(".")[0]
-    for part in parts_of(entry):
-        own = part.name if not name else name if part is entry else f"{module}.{part.name.rpartition('.')[2]}"
-        yield Output(own, part.dtype, part.shape, part.nbytes, partial(raw_chunks, part))
 
 
 def _check_rows(source: Source, entry: Held) -> None:

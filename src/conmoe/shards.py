@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ Held = Entry | Output
 def parts_of(entry: Held) -> tuple[Held, ...]:
     """The tensors on disk that hold ``entry``: itself, or the parts that it is computed from."""
     return entry.parts if isinstance(entry, Output) and entry.parts else (entry,)
+
+
+def copies(entry: Held, name: str = "") -> Iterator[Output]:
+    """A tensor byte by byte, with everything that it is made of; all under ``name``, if it gets another."""
+    module = (name or entry.name).rpartition(".")[0]
+    for part in parts_of(entry):
+        own = part.name if not name else name if part is entry else f"{module}.{part.name.rpartition('.')[2]}"
+        yield Output(own, part.dtype, part.shape, part.nbytes, partial(raw_chunks, part))
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:

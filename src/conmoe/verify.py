@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from conmoe.apply import check_plan
+from conmoe.apply import check_plan, result_config, settle_heads
 from conmoe.checkpoint import read_module
 from conmoe.folding import Folding, fold
 from conmoe.forms import stored_experts
 from conmoe.lowprec import is_low
 from conmoe.moe import MoeLayer
+from conmoe.mtp import Policy
 from conmoe.outputs import fitted_rows, forget_prototypes, map_name, maps, plan_outputs, router_rows
 from conmoe.preview import preview
 from conmoe.registry import Form
@@ -33,6 +34,7 @@ def verify(
     form: Form,
     *,
     trust_remote_code: bool = False,
+    mtp: Policy = "auto",
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Check that ``result`` is what ``plan`` says.
@@ -79,6 +81,11 @@ def verify(
     if form == "shared":
         for index, layer in layers.items():
             _check_maps(source, made, layer, scopes.get(index))
+    for output in settle_heads(source, result_config(source, plan, form), form, mtp).outputs:
+        if output.name not in made.entries:
+            raise ConmoeError(f"{result} holds no {output.name}; the result is damaged.")
+        _same(made.entries[output.name], output, against="what becomes of the source's head for further tokens")
+        advance(output.nbytes)
     if folding.blocks:
         _check_folded(source, made, plan, folding.blocks)
     forget_prototypes()

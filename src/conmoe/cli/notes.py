@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from conmoe.apply import Applied
 from conmoe.cli.console import say
 from conmoe.data import TokenData, overlap
 from conmoe.diagnosis import Advice
 from conmoe.forms import is_approximate
+from conmoe.mtp import note
 from conmoe.registry import Form
 from conmoe.types import Plan
 
@@ -20,6 +22,14 @@ def protected(made: Plan) -> None:
 def approximate(made: Plan, form: Form) -> None:
     if is_approximate(made, form):
         say("Note: the sliced form cannot redirect; experts that the plan redirects are dropped. Measure the result.")
+
+
+def left_out(applied: Applied) -> None:
+    unread = [name for name in applied.dropped if name not in applied.heads.dropped]
+    if unread:
+        say(f"Left out {len(unread)} tensors that the model class does not read, such as {unread[0]}.")
+    if applied.heads.policy:
+        say(note(applied.heads))
 
 
 def advice(warnings: Sequence[Advice]) -> None:

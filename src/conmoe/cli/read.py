@@ -16,7 +16,9 @@ from conmoe.builtin_text import BUILTIN_NAME
 from conmoe.cli.console import say
 from conmoe.data import DataSpec, TokenData, check_tokenizer, load_tokenizer, load_tokens, parse_spec
 from conmoe.documents import first_line
+from conmoe.mtp import POLICIES, Policy
 from conmoe.parallel import local_rank
+from conmoe.preflight import Serve
 from conmoe.registry import Form, get_method
 from conmoe.request import Request, parse_refine
 from conmoe.source import load_config, open_source
@@ -131,6 +133,18 @@ def read_request(
         sample,
         fit=fit,
     )
+
+
+def read_serve(engine: str, tp: int, ep: int) -> Serve | None:
+    if not engine and (tp > 1 or ep > 1):
+        raise UsageError("--tp and --ep say how an engine is started; name it by --serve.")
+    return Serve(engine, tp, ep) if engine else None
+
+
+def read_mtp(text: str) -> Policy:
+    if text not in POLICIES:
+        raise UsageError(f"--mtp takes {', '.join(POLICIES)}, not {text!r}.")
+    return text
 
 
 def read_options(name: str, given: list[str] | None) -> dict[str, str]:
