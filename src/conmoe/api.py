@@ -27,6 +27,7 @@ from conmoe.registry import budgets, methods, refinements, statistics
 from conmoe.request import Request
 from conmoe.results import Bench, load_bench
 from conmoe.runtime import register as _register
+from conmoe.slicing import Sliced, slice_plan
 from conmoe.tune import Tuned, Tuning, tune
 from conmoe.types import ConmoeError, UsageError
 from conmoe.verify import verify
@@ -50,6 +51,7 @@ __all__ = [
     "Measured",
     "Request",
     "Result",
+    "Sliced",
     "TokenData",
     "Tuned",
     "Tuning",
@@ -80,6 +82,7 @@ __all__ = [
     "read_plan",
     "refinements",
     "settle",
+    "slice_plan",
     "statistics",
     "tune",
     "verify",

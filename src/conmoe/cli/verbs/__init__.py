@@ -11,6 +11,7 @@ FILES = (
     "calibrate",
     "plan",
     "doctor",
+    "slice",
     "apply",
     "compress",
     "tune",
