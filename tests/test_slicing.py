@@ -80,6 +80,25 @@ def test_the_best_is_no_worse_than_dropping_the_map(checkpoint: Checkpoint, cali
     assert fitted.plan.options["sliced_from"] == plan_fingerprint(made) == fitted.record.plan
 
 
+def test_prototypes_fitted_to_their_map_do_not_stand_in_the_way(checkpoint: Checkpoint, calibrated: Checkpoint):
+    """However wrong the weights of a plan are without its map, slicing it is no worse than slicing its recipes."""
+    folder, statistics = checkpoint("olmoe"), calibrated("olmoe")
+    made = redirecting(folder, statistics)
+    experts = {layer.index: read_experts(open_source(folder), layer) for layer in open_source(folder).layers}
+    spoilt = replace(
+        made,
+        scopes=tuple(
+            replace(scope, plan=replace(scope.plan, weights={"down_EDI": -5 * experts[scope.layers[0]].down_EDI[:4]}))
+            for scope in made.scopes
+        ),
+    )
+    plain = conmoe.slice_plan(folder, statistics, made, refine="none", sequential=False).record.layers
+    found = conmoe.slice_plan(folder, statistics, spoilt, refine="none", sequential=False).record.layers
+    assert [loss.rows for loss in found] == [f"{loss.rows}, unfitted" for loss in plain]
+    assert [loss.sliced for loss in found] == [loss.sliced for loss in plain]
+    assert all(loss.dropped.value > loss.sliced.value for loss in found)
+
+
 def by_hand(folder: Path, statistics: Path) -> tuple[LayerPlan, dict[str, LayerPlan], torch.Tensor, torch.Tensor]:
     """Prototypes 5 and 1, which answer for the upper and the lower half, and the choices of rows for them."""
     layer = open_source(folder).layers[0]

@@ -58,7 +58,7 @@ class LayerLoss(Record):
 
     layer: int
     redirected: int  # experts that lose their router row although a prototype answers for them
-    rows: str  # which rows speak for the prototypes: a name of :func:`choices`
+    rows: str  # which rows speak for the prototypes: a name of :func:`choices`; unfitted: before the plan's own fit
     tokens: int  # held out
     mapped: Estimate  # the plan as it is, with its map
     dropped: Estimate  # without its map, nothing else changed: what apply writes
@@ -200,7 +200,10 @@ def slice_layer(
     refinement: str,
     options: Mapping[str, Any],
 ) -> tuple[LayerPlan, LayerLoss]:
-    """One layer without its map: the rows that lose least on the sample, prototypes fitted, and the losses."""
+    """One layer without its map: the rows that lose least on the sample, prototypes fitted, and the losses.
+
+    Where the plan brings weights or gains of its own, its prototypes as mixtures of the source's experts are tried too.
+    """
     sample = statistics.sample
     held_n = held_out_tokens(sample).cpu()
 
@@ -208,6 +211,10 @@ def slice_layer(
         return leftover([sample], [experts], experts, of)
 
     possible = {name: (each, *left(each)) for name, each in choices(plan, layer, sample, experts).items()}
+    if plan.weights or bool((plan.gain_E != 1).any()):  # fitted to the tokens that the map sends: a poor place to start
+        bare = replace(plan, weights={}, gain_E=torch.ones_like(plan.gain_E))
+        unfitted = choices(bare, layer, sample, experts)
+        possible |= {f"{name}, unfitted": (each, *left(each)) for name, each in unfitted.items()}
     rows = min(possible, key=lambda name: float(possible[name][1][~held_n].sum()))
     frozen = plan.assignment_E[held].tolist()
     best = refined(refinement, sample, experts, possible[rows][0], frozen=frozen, options=options)
