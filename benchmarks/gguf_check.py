@@ -64,13 +64,15 @@ convert_hf_to_gguf.main()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    rows = [check(Path(folder), options) for folder in options.checkpoints]
+    rows = []
+    for folder in options.checkpoints:
+        rows.append(check(Path(folder), options))
+        print(line(rows[-1]), flush=True)
     names = ("torch", "transformers", "conmoe")
     report = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "rows": rows,
     }
-    print("\n" + table(rows))
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if all(row["ok"] for row in rows) else 1
@@ -203,11 +205,11 @@ def decode(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
 
 
 def readable(text: str) -> str:
-    """Up to the first special token or broken character, which the two print in different ways.
+    """Up to the first special token, control or broken character, which the two print in different ways.
 
     What llama.cpp prints into a pipe may end some tokens early, so it is held against the beginning of the other.
     """
-    return re.split(r"\ufffd|<\|", text)[0].strip()
+    return re.split(r"\ufffd|<\||[\x00-\x08\x0b-\x1f]", text)[0].strip()
 
 
 def quantized(file: Path, kind: str, base_NpV: Tensor, options: argparse.Namespace) -> dict[str, Any]:
@@ -246,22 +248,18 @@ def _last_words(done: subprocess.CompletedProcess[str]) -> str:
     return (telling or lines or ["no message"])[-1]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For people: one line a checkpoint."""
-    lines = ["checkpoint                    arch        experts  max diff  greedy  quantised: KL (bytes)"]
-    for row in rows:
-        arch, experts, used = (row.get(name, "-") for name in ("arch", "experts", "used"))
-        line = f"{row['checkpoint']:<29} {arch:<11} {experts:>2} top {used}"
-        if "max_difference" in row:
-            line += f"  {row['max_difference']:8.1e}  {row['greedy_equal']}/{row['greedy_total']}    "
-            found = row["quantized"].items()
-            line += "  ".join(
-                f"{k} {q['kl']:.4f} ({q['bytes']})" if "kl" in q else f"{k} {q['error']}" for k, q in found
-            )
-        if not row["ok"]:
-            line += "  FAILED: " + (row.get("error") or "; ".join(row["faults"]) or "other tokens, or other numbers")
-        lines.append(line)
-    return "\n".join(lines)
+def line(row: dict[str, Any]) -> str:
+    """One checkpoint, for people."""
+    arch, experts, used = (row.get(name, "-") for name in ("arch", "experts", "used"))
+    text = f"{row['checkpoint']:<22} {arch:<11} {experts:>2} top {used}"
+    if "max_difference" in row:
+        found = row["quantized"].items()
+        sizes = (f"{k}: KL {q['kl']:.4f}, {q['bytes']:,} B" if "kl" in q else f"{k}: {q['error']}" for k, q in found)
+        text += f"  max diff {row['max_difference']:.1e}  greedy {row['greedy_equal']}/{row['greedy_total']}  "
+        text += f"{row['bytes']:,} B  " + "  ".join(sizes)
+    if not row["ok"]:
+        text += "  FAILED: " + (row.get("error") or "; ".join(row["faults"]) or "other tokens, or other numbers")
+    return text
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -30,9 +30,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "mixtral": {},
     "deepseek_v2": {"n_group": 1, "topk_method": "greedy"},
-    "deepseek_v3": {},
+    "deepseek_v3": {"scoring_func": "sigmoid"},  # as published; without it llama.cpp takes a softmax
     "gpt_oss": {},
-    "ernie4_5_moe": {},
     "granitemoe": {},
 }
 MERGES = [("t", "h"), ("i", "n"), ("e", "r"), ("th", "e")]

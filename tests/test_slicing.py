@@ -77,7 +77,8 @@ def test_the_best_is_no_worse_than_dropping_the_map(checkpoint: Checkpoint, cali
     assert rows.plan.refine == "none"
     assert fitted.plan.default_form == "sliced"
     assert not conmoe.forms.is_approximate(fitted.plan, "sliced")
-    assert fitted.plan.options["sliced_from"] == plan_fingerprint(made) == fitted.record.plan
+    assert fitted.record.plan == plan_fingerprint(made)
+    assert fitted.plan.options["sliced_from"] == fitted.record.plan[:12]
 
 
 def test_prototypes_fitted_to_their_map_do_not_stand_in_the_way(checkpoint: Checkpoint, calibrated: Checkpoint):

@@ -256,7 +256,7 @@ def choices(plan: LayerPlan, layer: MoeLayer, sample: TokenSample, experts: Expe
     if _allowed(layer, busiest_K):
         found["busiest"] = without_map(plan, busiest_K)
     if experts.router_ED is not None:
-        router_ED = experts.router_ED.double().cpu()
+        router_ED = experts.router_ED.to("cpu", torch.float64, copy=True)
         if plan.router_KD is not None:
             router_ED[plan.assignment_E >= 0] = plan.router_KD.double().cpu()
         unseen_K = share_KE.sum(dim=1) == 0
@@ -295,7 +295,7 @@ def _assemble(
     return replace(
         made,
         scopes=tuple(scopes),
-        options={**made.options, "sliced_from": origin},
+        options={**made.options, "sliced_from": origin[:12]},
         default_form="sliced",
         refine=refinement,
         refine_options=options,
