@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conmoe.moe import count_field
 
@@ -99,7 +99,16 @@ def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def convert(folder: Path, file: Path, options: argparse.Namespace) -> subprocess.CompletedProcess[str]:
     """llama.cpp's converter, in float32."""
-    words = [str(options.llama_cpp), options.pre, str(folder), "--outfile", str(file), "--outtype", "f32"]
+    words = [
+        str(options.llama_cpp),
+        options.pre,
+        str(folder),
+        "--outfile",
+        str(file),
+        "--outtype",
+        "f32",
+        *options.convert,
+    ]
     return subprocess.run([options.python, "-c", CONVERT, *words], **CAPTURED)
 
 
@@ -189,7 +198,7 @@ def complete(file: Path, prompt: str, options: argparse.Namespace) -> str:
 
 
 @torch.no_grad()
-def decode(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
+def decode(model: Any, tokenizer: Any, prompt: str) -> str:
     """The same by Transformers."""
     ids_1S = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     start = ids_1S.shape[1]
@@ -269,6 +278,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bin", type=Path, help="the folder of its programs; without, nothing is run")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has what the converter needs")
     parser.add_argument("--pre", default="", help="how a tokenizer that llama.cpp does not know splits text")
+    parser.add_argument(
+        "--convert", action="append", default=[], metavar="OPTION", help="for the converter: --convert=--no-nextn"
+    )
     parser.add_argument("--text", type=Path, default=Path(__file__).parent.parent / "docs" / "method.md")
     parser.add_argument("--quantize", nargs="*", default=["Q8_0", "Q4_K_M"])
     parser.add_argument("--output", type=Path)

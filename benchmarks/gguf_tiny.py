@@ -33,6 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"scoring_func": "sigmoid"},  # as published; without it llama.cpp takes a softmax
     "gpt_oss": {},
     "granitemoe": {},
+    "qwen3_next": {},
+    "qwen3_5_moe_text": {},
 }
 MERGES = [("t", "h"), ("i", "n"), ("e", "r"), ("th", "e")]
 VOCAB = 254 + 2 + len(MERGES)
