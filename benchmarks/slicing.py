@@ -3,7 +3,7 @@
     python benchmarks/slicing.py MODEL --data TEXT... --eval NAME=TEXT... [--keep 0.5] [--output results.json]
 
 The same statistics make a plan as published and one that is reconstructed layer after layer. Of both: the shared form,
-the sliced form with the map dropped, and what conmoe slice makes; beside them a plan for the sliced form from the start.
+the sliced form with the map dropped, and what conmoe slice makes; beside them a plan made for the sliced form at once.
 KL to the source in nats per token on each text, with its standard error over sequences, and seconds of planning.
 """
 
