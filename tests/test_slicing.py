@@ -225,7 +225,7 @@ def test_apply_says_what_is_lost_and_slice_is_a_verb(checkpoint: Checkpoint, cal
     assert applied.exit_code == 0
     text = " ".join(applied.stderr.split())
     assert "8 experts that the plan redirects lose their router rows" in text
-    assert "conmoe slice" in text
+    assert "holds with its map only. conmoe slice" in text
     sliced = run("slice", folder, statistics, tmp_path / "plan", tmp_path / "sliced", "--refine", "refit", "--json")
     assert sliced.exit_code == 0
     record = json.loads(sliced.stdout)

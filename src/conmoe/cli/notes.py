@@ -24,12 +24,11 @@ def approximate(made: Plan, form: Form) -> None:
     plans = [scope.plan for scope in made.scopes]
     redirected = sum(max(0, int((plan.assignment_E >= 0).sum()) - plan.mixing_KE.shape[0]) for plan in plans)
     predicted = [plan.predicted_error for plan in plans if isfinite(plan.predicted_error)]
-    error = (
-        f"; its predicted error, {sum(predicted) / len(predicted):.3f} on average, is with them" if predicted else ""
-    )
+    mean = f"{sum(predicted) / len(predicted):.3f}" if predicted else ""
+    error = f" The plan's predicted error, {mean} on average, holds with its map only." if mean else ""
     say(
-        f"Note: the sliced form cannot redirect. {redirected} experts that the plan redirects lose their router rows"
-        f"{error}. conmoe slice measures what that loses and makes the best sliced plan of it."
+        f"Note: the sliced form cannot redirect: {redirected} experts that the plan redirects lose their router rows."
+        f"{error} conmoe slice measures what that loses, and makes the best sliced plan of it."
     )
 
 
