@@ -44,6 +44,7 @@ from conmoe.request import Request
 from conmoe.results import Bench, load_bench
 from conmoe.runtime import register as _register
 from conmoe.selftext import write_text
+from conmoe.slicing import Sliced, slice_plan
 from conmoe.tune import Tuned, Tuning, tune
 from conmoe.types import ConmoeError, UsageError
 from conmoe.verify import verify
@@ -69,6 +70,7 @@ __all__ = [
     "Measured",
     "Request",
     "Result",
+    "Sliced",
     "SpeedOptions",
     "TaskOptions",
     "Tasks",
@@ -110,6 +112,7 @@ __all__ = [
     "read_prompts",
     "refinements",
     "settle",
+    "slice_plan",
     "statistics",
     "tune",
     "verdict",

@@ -12,6 +12,7 @@ FILES = (
     "calibrate",
     "plan",
     "doctor",
+    "slice",
     "apply",
     "compress",
     "tune",
