@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         for model in options.models:
             rows.append({"recipe": "none"} | _measured_apart("none", model, model, options))
-            for package, recipes in RECIPES.items():
+            for package in options.packages:
                 if importlib.util.find_spec(package) is not None:
-                    rows += [run(package, recipe, model, Path(work), options) for recipe in recipes]
+                    rows += [run(package, recipe, model, Path(work), options) for recipe in RECIPES[package]]
     report = _merged(options.output, rows, options)
     print(table(report["rows"]))
     if options.output:
@@ -73,6 +73,8 @@ def run(package: str, recipe: str, model: Path, work: Path, options: argparse.Na
     command = [sys.executable, str(EXAMPLES / f"quantise_{package}.py"), str(model), str(out), "--recipe", recipe]
     if package == "llmcompressor" and recipe != "fp8-dynamic":
         command += ["--data", options.calibrate]
+    if recipe == "w4a16":
+        command += ["--group-size", str(options.group_size)]
     print(" ".join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     name = {"recipe": f"{package} {recipe}"}
@@ -238,6 +240,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=Path, nargs="+", required=True, help="its compressed forms")
     parser.add_argument("--data", required=True, help="text to measure on")
     parser.add_argument("--calibrate", default="conmoe:builtin", help="text for recipes that calibrate")
+    parser.add_argument("--packages", nargs="+", choices=RECIPES, default=list(RECIPES), help="of those installed")
+    parser.add_argument("--group-size", type=int, default=64, help="of w4a16; has to divide all widths")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)

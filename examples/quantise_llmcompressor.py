@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import conmoe
 
@@ -95,9 +95,8 @@ def load_unfused(folder: Path) -> Any:
 
 
 def load(folder: Path) -> Any:
-    """A quantised model with the weights that it stores, computed with in full precision."""
-    how = CompressedTensorsConfig(**{**AutoConfig.from_pretrained(folder).quantization_config, "dequantize": True})
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=how)
+    """A quantised model in Transformers, which puts the experts back together in full precision as it reads them."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return model.eval()
 
 
