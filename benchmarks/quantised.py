@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append({"recipe": "none"} | _measured_apart("none", model, model, options))
             for package in options.packages:
                 if importlib.util.find_spec(package) is not None:
-                    rows += [run(package, recipe, model, Path(work), options) for recipe in RECIPES[package]]
+                    recipes = [recipe for recipe in RECIPES[package] if recipe in (options.recipes or RECIPES[package])]
+                    rows += [run(package, recipe, model, Path(work), options) for recipe in recipes]
     report = _merged(options.output, rows, options)
     print(table(report["rows"]))
     if options.output:
@@ -241,6 +242,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="text to measure on")
     parser.add_argument("--calibrate", default="conmoe:builtin", help="text for recipes that calibrate")
     parser.add_argument("--packages", nargs="+", choices=RECIPES, default=list(RECIPES), help="of those installed")
+    parser.add_argument("--recipes", nargs="+", help="only these")
     parser.add_argument("--group-size", type=int, default=64, help="of w4a16; has to divide all widths")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--output", type=Path)

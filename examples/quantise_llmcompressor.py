@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import conmoe
 
@@ -90,13 +92,36 @@ def load_unfused(folder: Path) -> Any:
     """A model whose experts are linear layers of their own."""
     from llmcompressor.modeling.moe.linearize import linearize_moe
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return linearize_moe(model.eval())
+    model: Any = linearize_moe(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+    on_disk = {name for name in tensor_names(folder) if ".experts." in name}
+    if on_disk != {f"{name}.weight" for name, _ in experts_of(model)}:
+        sys.exit("This family stores its experts under other names, and would not be read again: use quantise_torchao.")
+    return model
+
+
+def tensor_names(folder: Path) -> list[str]:
+    names: list[str] = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names += file.keys()
+    return names
 
 
 def load(folder: Path) -> Any:
-    """A quantised model in Transformers, which puts the experts back together in full precision as it reads them."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    """A quantised model in Transformers, which puts the experts back together in full precision as it reads them.
+
+    It cannot do so with experts of eight-bit integers; these are multiplied by their scales here.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if config.quantization_config["format"] != "int-quantized":
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        return model.eval()
+    stored = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    scales = {name.removesuffix("_scale"): stored.pop(name) for name in list(stored) if name.endswith(".weight_scale")}
+    plain = {name: (stored[name].float() * scale.float()).to(config.dtype) for name, scale in scales.items()}
+    del config.quantization_config
+    both = stored | plain
+    model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=both, dtype=config.dtype)
     return model.eval()
 
 

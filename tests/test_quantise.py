@@ -64,11 +64,20 @@ def test_torchao(family, method, form, recipe, checkpoint, calibrated, quantiser
     check(plain, tmp_path / "out", script.load)
 
 
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "w8a8"])
 @pytest.mark.parametrize(("method", "form"), FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_llmcompressor(family, method, form, checkpoint, calibrated, quantiser, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_llmcompressor(family, method, form, recipe, checkpoint, calibrated, quantiser, tmp_path, monkeypatch):
     script = quantiser("llmcompressor")
     monkeypatch.chdir(tmp_path)  # it writes logs
     plain = compressed(family, method, form, checkpoint, calibrated, tmp_path / "plain")
-    script.main([str(plain), str(tmp_path / "out"), "--recipe", "fp8-dynamic"])
+    lengths = ["--tokens", "1024", "--seq-len", "64"]
+    script.main([str(plain), str(tmp_path / "out"), "--recipe", recipe, *lengths])
     check(plain, tmp_path / "out", script.load)
+
+
+def test_llmcompressor_refuses_what_it_would_write_under_wrong_names(checkpoint, quantiser, tmp_path):
+    script = quantiser("llmcompressor")
+    with pytest.raises(SystemExit, match="other names"):
+        script.main([str(checkpoint("mixtral")), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
