@@ -72,7 +72,7 @@ def run(package: str, recipe: str, model: Path, work: Path, options: argparse.Na
     """One recipe on one model: quantise, look at what was written, load it, measure it."""
     out = work / f"{model.name}-{package}-{recipe}"
     command = [sys.executable, str(EXAMPLES / f"quantise_{package}.py"), str(model), str(out), "--recipe", recipe]
-    if package == "llmcompressor" and recipe != "fp8-dynamic":
+    if options.calibrate and package == "llmcompressor":
         command += ["--data", options.calibrate]
     if recipe == "w4a16":
         command += ["--group-size", str(options.group_size)]
@@ -240,7 +240,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("source", type=Path, help="the checkpoint that was compressed")
     parser.add_argument("--models", type=Path, nargs="+", required=True, help="its compressed forms")
     parser.add_argument("--data", required=True, help="text to measure on")
-    parser.add_argument("--calibrate", default="conmoe:builtin", help="text for recipes that calibrate")
+    parser.add_argument("--calibrate", help="text for recipes that calibrate")
     parser.add_argument("--packages", nargs="+", choices=RECIPES, default=list(RECIPES), help="of those installed")
     parser.add_argument("--recipes", nargs="+", help="only these")
     parser.add_argument("--group-size", type=int, default=64, help="of w4a16; has to divide all widths")

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import conmoe
@@ -46,7 +47,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="a checkpoint, sliced, shared or not compressed at all")
     parser.add_argument("out", type=Path, help="a folder for the quantised one")
     parser.add_argument("--recipe", choices=RECIPES, default="fp8-dynamic")
-    parser.add_argument("--data", default="conmoe:builtin", help="text to fit w8a8 and w4a16 on, as for conmoe")
+    parser.add_argument(
+        "--data", help="text to fit w8a8 and w4a16 on, as for conmoe; by default what comes with Python"
+    )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--group-size", type=int, default=None, help="of w4a16, if 128 does not divide all sizes")
@@ -67,7 +70,7 @@ def quantise(options: argparse.Namespace) -> Any:
         from datasets import Dataset
 
         tokenizer = conmoe.load_tokenizer(options.model)
-        specs = [conmoe.parse_spec(options.data)]
+        specs = [conmoe.parse_spec(options.data)] if options.data else []
         data = conmoe.load_tokens(tokenizer, specs, tokens=options.tokens, seq_len=options.seq_len)
         rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in data.ids_NS.tolist()]
         text = {"dataset": Dataset.from_list(rows), "num_calibration_samples": len(rows)}
@@ -113,15 +116,17 @@ def load(folder: Path) -> Any:
     It cannot do so with experts of eight-bit integers; these are multiplied by their scales here.
     """
     config = AutoConfig.from_pretrained(folder)
-    if config.quantization_config["format"] != "int-quantized":
+    if getattr(config, "quantization_config", {}).get("format") != "int-quantized":
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         return model.eval()
     stored = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     scales = {name.removesuffix("_scale"): stored.pop(name) for name in list(stored) if name.endswith(".weight_scale")}
     plain = {name: (stored[name].float() * scale.float()).to(config.dtype) for name, scale in scales.items()}
     del config.quantization_config
-    both = stored | plain
-    model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=both, dtype=config.dtype)
+    with tempfile.TemporaryDirectory() as work:
+        config.save_pretrained(work)
+        save_file(stored | plain, Path(work) / "model.safetensors", {"format": "pt"})
+        model = AutoModelForCausalLM.from_pretrained(work, dtype="auto")
     return model.eval()
 
 
