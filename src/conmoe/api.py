@@ -20,6 +20,8 @@ from conmoe.doctor import doctor
 from conmoe.effort import EFFORTS, Effort, settle
 from conmoe.evaluate import Fidelity, Measured, evaluate
 from conmoe.generate import generate
+from conmoe.hub import Pushed, Upload, check_push, push, push_command
+from conmoe.hub import prepare as prepare_push
 from conmoe.inspect import Inspection, inspect
 from conmoe.locate import locate
 from conmoe.plan import plan
@@ -50,11 +52,13 @@ __all__ = [
     "Fidelity",
     "Inspection",
     "Measured",
+    "Pushed",
     "Request",
     "Result",
     "TokenData",
     "Tuned",
     "Tuning",
+    "Upload",
     "UsageError",
     "__version__",
     "apply",
@@ -63,6 +67,7 @@ __all__ = [
     "calibrate",
     "calibration_documents",
     "check",
+    "check_push",
     "compress",
     "demo",
     "doctor",
@@ -79,6 +84,9 @@ __all__ = [
     "parse_candidates",
     "parse_spec",
     "plan",
+    "prepare_push",
+    "push",
+    "push_command",
     "read_manifest",
     "read_plan",
     "refinements",

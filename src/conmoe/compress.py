@@ -26,7 +26,7 @@ from conmoe.artifacts import (
     write_json,
 )
 from conmoe.calibrate import Calibration, calibrate, describe
-from conmoe.data import TokenData
+from conmoe.data import TokenData, overlap
 from conmoe.diagnosis import Advice
 from conmoe.doctor import first_look
 from conmoe.evaluate import Fidelity, evaluate
@@ -39,6 +39,7 @@ from conmoe.portrait import REPORT_JSON, Lost, portray
 from conmoe.progress import SILENT
 from conmoe.progress import Progress as Progress
 from conmoe.registry import Form
+from conmoe.report.sections import write_card
 from conmoe.report.write import REPORT_HTML, write_default
 from conmoe.request import Request, check_request
 from conmoe.source import check_compressible, open_source
@@ -62,6 +63,7 @@ class Result:
     warnings: tuple[Advice, ...] = ()  # of the doctor, at first look
     held_out: tuple[str, ...] = ()  # texts that the fidelity was measured on
     command: str = ""  # what was typed
+    overlap: float | None = None  # share of the held-out documents that were calibrated on
 
     def as_json(self) -> dict[str, Any]:
         record = plan_record(self.plan).model_dump(mode="json")
@@ -83,6 +85,7 @@ class Result:
             "predicted_error": {str(scope["layers"][0]): scope["predicted_error"] for scope in record["scopes"]},
             "calibration": self.manifest.model_dump(mode="json", exclude={"documents"}),
             "held_out": list(self.held_out),
+            "overlap": self.overlap,
             "fidelity": self.fidelity.as_json() if self.fidelity else None,
             "warnings": [advice.model_dump(mode="json") for advice in self.warnings],
             "calibration_documents": list(self.manifest.documents),
@@ -179,8 +182,12 @@ def compress(
         warnings = first_look(source, statistics, made)
         texts = tuple(part.source for part in held_out.sources) if held_out is not None else ()
         approximate = is_approximate(made, applied.form)
-        result = Result(replace(applied, folder=out), made, manifest, fidelity, approximate, warnings, texts, command)
+        shared = overlap(held_out.documents, manifest.documents) if held_out is not None else None
+        result = Result(
+            replace(applied, folder=out), made, manifest, fidelity, approximate, warnings, texts, command, shared
+        )
         write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
+        write_card(applied.folder, out.name)
         if report:
             with progress.stage("report", sum(len(scope.layers) for scope in made.scopes), "layers") as advance:
                 seen = portray(

@@ -15,6 +15,7 @@ FILES = (
     "apply",
     "compress",
     "tune",
+    "push",
     "evaluate",
     "bench",
     "report",
