@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
+from huggingface_hub import ModelCard
 
 TOKEN = "hf_test"
 LARGE = 10_000  # bytes from which a file goes by LFS
@@ -134,8 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self, asked: dict[str, Any]) -> None:
         """As the hub does, roughly: YAML that is a mapping, and a model-index with what the spec requires."""
-        _, head, _ = asked["content"].split("---\n", 2)
-        data = yaml.safe_load(head)
+        data = ModelCard(asked["content"]).data.to_dict()
         for entry in data.get("model-index", []):
             for result in entry["results"]:
                 assert all([result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]])

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import yaml_dump
 
 import conmoe
 from conmoe.manifest import EDITABLE, RESULT_MANIFEST, check_files, list_files, read_result_manifest, sha256
@@ -99,7 +99,7 @@ def test_writing_a_card_again_changes_nothing_and_keeps_what_people_wrote(result
     again = refresh_card(result)
     assert "My own words." in again
     assert again.rstrip().endswith("And more.")
-    assert ModelCard(again).data.widget == "mine"
+    assert ModelCard(again).data["widget"] == "mine"
     card.write_text(again)
     assert refresh_card(result) == again
     card.write_text("no marks, no metadata")
@@ -121,8 +121,8 @@ def test_nothing_foreign_breaks_the_card(made, name):
     mine = {**results(made), "held_out": [name], "command": name, "versions": {name: name}}
     mine["calibration"] = {**mine["calibration"], "data": [name], "dtype": name}
     text = measured_card((made / "README.md").read_text(), mine, {name: record}, name=name)
-    head, body = text.removeprefix("---\n").split("\n---\n", 1)
-    data = yaml.safe_load(head)
+    body = text.removeprefix("---\n").split("\n---\n", 1)[1]
+    data = ModelCard(text).data.to_dict()
     before = ModelCard.load(made / "README.md").data.to_dict()
     assert set(data) == set(before)
     assert data["tags"] == before["tags"]
@@ -168,12 +168,12 @@ def test_a_hostile_name_of_the_source_stays_a_name(checkpoint, calibrated, tmp_p
     folder = tmp_path / name.replace("/", "_").replace("\0", "_")[:100]
     shutil.copytree(checkpoint("olmoe"), folder)
     foreign = {"license": name, "license_name": [name], "language": [name, False, 3], "datasets": name, "evil": name}
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(foreign)}---\n{name}")
+    (folder / "README.md").write_text(f"---\n{yaml_dump(foreign)}---\n{name}")
     plan = conmoe.plan(folder, calibrated("olmoe"), None, conmoe.Request("reap", "0.5"))
     out = conmoe.apply(folder, plan, tmp_path / "out").folder
     text = (out / "README.md").read_text()
-    head, body = text.removeprefix("---\n").split("\n---\n", 1)
-    data = yaml.safe_load(head)
+    body = text.removeprefix("---\n").split("\n---\n", 1)[1]
+    data = ModelCard(text).data.to_dict()
     assert "evil" not in data
     assert data["license"] != "mit"
     outside = [line for line in fenced_out(body) if line not in (BEGIN, END)]

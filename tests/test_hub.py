@@ -205,7 +205,7 @@ def test_branches_and_pull_requests(hub, cli, result):
     assert json.loads(done.out)["repo"] == REPO
     done = cli("push", result, REPO, "--create-pr", "--base-model", "someone/whole")
     assert "/discussions/1" in done.err
-    assert ModelCard(hub.files(REPO, "refs/pr/1")["README.md"].decode()).data.base_model == "someone/whole"
+    assert ModelCard(hub.files(REPO, "refs/pr/1")["README.md"].decode()).data["base_model"] == "someone/whole"
     assert hub.files(REPO) == {}
 
 
@@ -217,7 +217,7 @@ def test_evaluations_go_into_the_card_and_stay_with_the_result(hub, cli, result,
     stored = json.loads(hub.files(REPO)["conmoe/evaluations/more.json"])
     assert (stored["model"], stored["against"]) == ("half", "source")
     card = ModelCard(hub.files(REPO)["README.md"].decode())
-    (found,) = [each for each in card.data.eval_results if each.metric_type == "acc"]
+    (found,) = [each for each in card.data["eval_results"] if each.metric_type == "acc"]
     assert (found.metric_value, found.metric_args["stderr"], found.dataset_name) == (0.5, 0.1, "arc_easy")
     assert cli("push", result, REPO).code == 0  # without --results: the card keeps them
     assert hub.files(REPO)["README.md"].decode() == (result / "README.md").read_text()
