@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.utils._fixes import yaml_dump
 
 import conmoe
 from conmoe.manifest import EDITABLE, RESULT_MANIFEST, check_files, list_files, read_result_manifest, sha256
