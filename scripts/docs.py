@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 from typer.main import get_command
 
-from conmoe import fit
+from conmoe import fit, serving
 from conmoe.cli import app
 from conmoe.registry import Budget, Method, Refinement, budgets, methods, refinements, statistics
 
@@ -77,6 +77,23 @@ def statistics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def preflight_page() -> str:
+    lines = ["# Serving pre-flight", "", NOTICE, *(inspect.getdoc(serving) or "").splitlines()[2:], ""]
+    lines += [
+        "`K` is the number of experts that a result stores, `k` how many a token goes to, `I` the units of one expert.",
+    ]
+    plain = {name: f"`{name}`" for name in ("K", "E", "k", "I", "tp", "ep")}
+    plain |= {"groups": "", "heads": "", "block": "the block size", "sharded": "`tp` / `ep`", "reach": "so many"}
+    for engine, version in serving.VERSIONS.items():
+        lines += ["", f"## {engine} ({version})", "", "| | concerns | | read in |", "|---|---|---|---|"]
+        lines += [
+            f"| {rule.level}s | {rule.concerns} | {' '.join(rule.sentence.format(**plain).split())} | {rule.source} |"
+            for rule in serving.RULES
+            if rule.engine == engine
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def commands_page() -> str:
     lines = ["# Commands", "", NOTICE]
     group = get_command(app)
@@ -107,6 +124,7 @@ def main() -> int:
         "budgets": budgets_page(),
         "statistics": statistics_page(),
         "commands": commands_page(),
+        "preflight": preflight_page(),
     }
     for name, text in pages.items():
         file = DOCS / f"{name}.md"

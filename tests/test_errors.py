@@ -264,7 +264,7 @@ MODELS = {
     "experts of another kind": (of_type("jetmoe", num_local_experts=4, kv_channels=8), ["'jetmoe'", "not support"]),
     "layers of another kind": (of_type("llama4_text", num_local_experts=4, head_dim=8), ["no list of decoder layers"]),
     "unknown type": (configured(model_type="olmoe9"), ["olmoe9"]),
-    "quantised": (configured(quantization_config={"quant_method": "fp8"}), ["quantised", "full-precision"]),
+    "quantised": (configured(quantization_config={"quant_method": "gptq"}), ["gptq", "full-precision"]),
     "no JSON": (config_text("{"), ["config"]),
     "no object": (config_text("[]"), ["config"]),
     "no type": (config_text("{}"), ["config"]),

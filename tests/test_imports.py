@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"ops"}),
     frozenset({"statistics", "methods", "refinements"}),
     frozenset({"allocate", "refine"}),
-    frozenset({"moe", "forms", "observe", "source", "stream", "checkpoint", "parallel"}),
+    frozenset({"moe", "forms", "observe", "source", "stream", "checkpoint", "lowprec", "parallel"}),
     frozenset({"builtin_text", "documents", "encode", "data"}),
     frozenset({"<verbs>"}),
     frozenset({"api", "cli", "__main__", "<package>"}),

@@ -170,7 +170,7 @@ def folder_with(config: dict, folder: Path) -> Path:
         ({"model_type": "no_such_model"}, "cannot be used"),
         ({"model_type": "t5"}, "not supported"),
         ({"model_type": "dbrx"}, "not supported"),
-        ({"model_type": "olmoe", "quantization_config": {"quant_method": "fp8"}}, "is quantised"),
+        ({"model_type": "olmoe", "quantization_config": {"quant_method": "gptq"}}, "is quantised"),
     ],
 )
 def test_a_folder_of_something_else_is_refused_in_one_sentence(config, sentence, tmp_path):

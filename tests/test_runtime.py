@@ -202,21 +202,6 @@ def test_router_logits_and_the_balancing_loss_count_logical_experts(tmp_path):
     assert torch.isfinite(output.aux_loss)
 
 
-def test_static_cache_generates_the_same(tmp_path):
-    model = load(write_shared("qwen3_moe", tmp_path))
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "disable_compile": True}
-    plain = model.generate(tokens(6), **options)
-    assert torch.equal(model.generate(tokens(6), cache_implementation="static", **options), plain)
-
-
-@pytest.mark.slow
-def test_compiles_into_one_graph(tmp_path):
-    model = load(write_shared("olmoe", tmp_path), experts_implementation="grouped_mm")
-    expected = logits(model)
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(logits(compiled), expected, atol=1e-4, rtol=1e-4)
-
-
 POOLS = {1: (1, 6), 2: (1, 6), 3: (3, 3)}
 
 
@@ -274,6 +259,14 @@ def test_vllm_may_not_run_layers_that_share_a_pool(scoped):
     config._attn_implementation = "vllm"
     with torch.device("meta"), pytest.raises(ValueError, match="vLLM cannot serve"):
         AutoModelForCausalLM.from_config(config)
+
+
+def test_vllm_may_not_run_a_router_that_it_would_replace(tmp_path):
+    config = AutoConfig.from_pretrained(write_shared("phimoe", tmp_path))
+    model = AutoModelForCausalLM.from_config(config)
+    model.config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="vLLM cannot serve a router that is a linear layer"):
+        model._consolidate(EXPERTS, 5)
 
 
 @pytest.mark.parametrize("first", [False, True])

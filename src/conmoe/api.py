@@ -15,10 +15,25 @@ from conmoe.compress import Result, calibration_documents, check, compress
 from conmoe.data import DataSpec, TokenData, load_tokenizer, load_tokens, parse_spec
 from conmoe.demo import PROMPT as DEMO_PROMPT
 from conmoe.demo import Demo, demo
+from conmoe.dequantise import Dequantised, dequantise
 from conmoe.diagnosis import Diagnosis
 from conmoe.doctor import doctor
 from conmoe.effort import EFFORTS, Effort, settle
-from conmoe.evaluate import Fidelity, Measured, evaluate
+from conmoe.evaluate import (
+    Fidelity,
+    GenerationOptions,
+    Measured,
+    SpeedOptions,
+    TaskOptions,
+    Tasks,
+    cut_prompts,
+    evaluate,
+    evaluate_generation,
+    evaluate_speed,
+    evaluate_tasks,
+    load_tasks,
+    read_prompts,
+)
 from conmoe.generate import generate
 from conmoe.hub import Pushed, Upload, check_push, push, push_command
 from conmoe.hub import prepare as prepare_push
@@ -31,6 +46,7 @@ from conmoe.request import Request
 from conmoe.results import Bench, load_bench
 from conmoe.runtime import register as _register
 from conmoe.selftext import write_text
+from conmoe.slicing import Sliced, slice_plan
 from conmoe.tune import Tuned, Tuning, tune
 from conmoe.types import ConmoeError, UsageError
 from conmoe.verify import verify
@@ -47,14 +63,20 @@ __all__ = [
     "ConmoeError",
     "DataSpec",
     "Demo",
+    "Dequantised",
     "Diagnosis",
     "Effort",
     "Fidelity",
+    "GenerationOptions",
     "Inspection",
     "Measured",
     "Pushed",
     "Request",
     "Result",
+    "Sliced",
+    "SpeedOptions",
+    "TaskOptions",
+    "Tasks",
     "TokenData",
     "Tuned",
     "Tuning",
@@ -69,13 +91,19 @@ __all__ = [
     "check",
     "check_push",
     "compress",
+    "cut_prompts",
     "demo",
+    "dequantise",
     "doctor",
     "evaluate",
+    "evaluate_generation",
+    "evaluate_speed",
+    "evaluate_tasks",
     "generate",
     "headline",
     "inspect",
     "load_bench",
+    "load_tasks",
     "load_tokenizer",
     "load_tokens",
     "locate",
@@ -89,8 +117,10 @@ __all__ = [
     "push_command",
     "read_manifest",
     "read_plan",
+    "read_prompts",
     "refinements",
     "settle",
+    "slice_plan",
     "statistics",
     "tune",
     "verdict",

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from conmoe import runtime
@@ -28,12 +27,13 @@ from conmoe.artifacts import (
     refuse_overlap,
     write_plan,
 )
-from conmoe.checkpoint import MTP_FIELDS
 from conmoe.folding import fold
 from conmoe.forms import check_form, departures, sliced_counts
+from conmoe.lowprec import renumbered_modules
 from conmoe.manifest import SourceRecord, seal
 from conmoe.moe import count_field
-from conmoe.outputs import forget_prototypes, plan_outputs
+from conmoe.mtp import NO_HEAD, Policy, Settled, settle, stated, without_heads
+from conmoe.outputs import expert_places, forget_prototypes, plan_outputs
 from conmoe.registry import Form
 from conmoe.report.card import model_card
 from conmoe.report.numbers import size
@@ -59,6 +59,7 @@ class Applied:
     bytes: int
     source_bytes: int
     dropped: tuple[str, ...]  # tensors of the source that the result leaves out on purpose, beside experts
+    heads: Settled = NO_HEAD  # what became of heads that predict further tokens
 
 
 def apply(
@@ -69,6 +70,7 @@ def apply(
     form: Form | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
+    mtp: Policy = "auto",
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Applied:
     """Write the checkpoint that ``plan`` describes.
@@ -80,6 +82,7 @@ def apply(
         form: ``shared``, ``sliced`` or ``expanded``; by default what suits the plan's method.
         force: replace ``out`` if it exists.
         trust_remote_code: run modelling code that comes with the source.
+        mtp: what becomes of heads that predict further tokens: :mod:`conmoe.mtp`.
         advance: called with the bytes written since the last call, and the bytes to write in all.
 
     Raises:
@@ -87,7 +90,7 @@ def apply(
     """
     plan = read_plan(plan) if isinstance(plan, Path) else plan
     with applying(
-        model, plan, out, form=form, force=force, trust_remote_code=trust_remote_code, advance=advance
+        model, plan, out, form=form, force=force, trust_remote_code=trust_remote_code, mtp=mtp, advance=advance
     ) as applied:
         return replace(applied, folder=out)
 
@@ -101,6 +104,7 @@ def applying(
     form: Form | None,
     force: bool,
     trust_remote_code: bool,
+    mtp: Policy = "auto",
     advance: Callable[[int, int], None],
 ) -> Iterator[Applied]:
     """Like :func:`apply`, but the folder gets its name when the context ends; until then it can be looked at."""
@@ -110,16 +114,21 @@ def applying(
     check_plan(source, plan)
     check_form(source.layers, plan, form)
     outputs, dropped = plan_outputs(source, plan, form)
-    config = result_config(source, plan, form, without_mtp=bool(dropped))
+    config = result_config(source, plan, form)
+    heads = settle_heads(source, config, form, mtp)
+    if heads.dropped:
+        config |= without_heads(source, config)
+    outputs, dropped = [*outputs, *heads.outputs], (*dropped, *heads.dropped)
     total = sum(output.nbytes for output in outputs)
-    key = fingerprint([plan_fingerprint(plan), form])
+    key = fingerprint([plan_fingerprint(plan), form, heads.policy])
     refuse_overlap(out, model)
     with building(out, force=force, key=key) as partial_folder:
         check_space(partial_folder, total)
         hashes = write_shards(outputs, partial_folder, SHARD_BYTES, lambda nbytes: advance(nbytes, total))
         forget_prototypes()
         _write_rest(source, plan, form, config, partial_folder)
-        yield Applied(partial_folder, form, total, sum(entry.nbytes for entry in source.entries.values()), dropped)
+        whole = sum(entry.nbytes for entry in source.entries.values())
+        yield Applied(partial_folder, form, total, whole, dropped, heads)
         come_from = origin(source.folder)
         made_from = SourceRecord(name=come_from.name, revision=come_from.revision, fingerprint=plan.source)
         seal(partial_folder, made_from, plan_fingerprint(plan), form, known=hashes)
@@ -150,16 +159,22 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def result_config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) -> dict[str, Any]:
+def settle_heads(source: Source, config: Mapping[str, Any], form: Form, mtp: Policy) -> Settled:
+    """What becomes of heads that predict further tokens, in a result with this configuration."""
+    count = int(config[stated(source, config, count_field(source.config))[0]]) if form != "expanded" else 0
+    return settle(source, count, mtp, whole=form == "expanded")
+
+
+def result_config(source: Source, plan: Plan, form: Form) -> dict[str, Any]:
     """The config.json of the result."""
     config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
-    if without_mtp:
-        for field in MTP_FIELDS:
-            if field in config or getattr(source.config, field, None):
-                config |= dict.fromkeys(_stated(source.config, config, field), 0)
+    if source.scheme:
+        config["quantization_config"] = renumbered_modules(
+            config["quantization_config"], expert_places(source, plan, form)
+        )
     if form == "expanded":
         return config
-    counts = _stated(source.config, config, count_field(source.config))
+    counts = stated(source, config, count_field(source.config))
     if form == "sliced":
         (left,) = sliced_counts(source.layers, plan)
         return {**config, **fold(source, plan).changes, **dict.fromkeys(counts, left)}
@@ -177,19 +192,9 @@ def result_config(source: Source, plan: Plan, form: Form, *, without_mtp: bool) 
     )
 
 
-def _stated(config: PretrainedConfig, file: Mapping[str, Any], field: str) -> list[str]:
-    """Every name, the field's own or an alias, by which a config.json states it; its own if it is left to a default."""
-    aliases = sorted(alias for alias, name in type(config).attribute_map.items() if name == field)
-    return [name for name in (field, *aliases) if name in file] or [field]
-
-
 def _write_rest(source: Source, plan: Plan, form: Form, config: Mapping[str, Any], out: Path) -> None:
     """Configuration, tokenizer, licence and everything else beside the weights, the plan, and the model card."""
-    for file in sorted(source.folder.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and file.name not in _OWN_FILES:
-            shutil.copy(file, out / file.name)
-    if (source.folder / CHAT_TEMPLATE_DIR).is_dir():
-        shutil.copytree(source.folder / CHAT_TEMPLATE_DIR, out / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
+    copy_beside(source.folder, out)
     if form == "shared":
         for file in runtime.packaged_files(source.config.model_type):
             shutil.copy(file, out / file.name)
@@ -197,6 +202,15 @@ def _write_rest(source: Source, plan: Plan, form: Form, config: Mapping[str, Any
     (out / PLAN_FOLDER).mkdir(exist_ok=True)
     write_plan(out / PLAN_FOLDER, plan, weights=False)
     (out / "README.md").write_text(model_card(source.folder, plan, form))
+
+
+def copy_beside(folder: Path, out: Path) -> None:
+    """Tokenizer, licence and everything else in ``folder`` beside weights, configuration and model card."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and file.name not in _OWN_FILES:
+            shutil.copy(file, out / file.name)
+    if (folder / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(folder / CHAT_TEMPLATE_DIR, out / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
 
 
 def _departures(source: Source, plan: Plan) -> dict[int, dict[str, Any]]:

@@ -120,7 +120,7 @@ def bench(
         experts=first.experts,
         top_k=first.top_k,
         source_bytes=job.source_bytes,
-        source_parameters=sum(math.prod(entry.shape) for entry in source.entries.values()),
+        source_parameters=sum(math.prod(entry.shape) for entry in source.tensors),
         calibrations=tuple(_calibration_record(manifest) for manifest in manifests),
         evaluation={name: _domain(data, texts, rows) for name, data in domains.items()},
         rows=tuple(rows),

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from conmoe.shards import Held, read_into, read_tensor
+from conmoe.shards import Held, parts_of, read_into, read_tensor
 from conmoe.types import ConmoeError, UsageError
 
 #: How configurations count the layers that predict further tokens (MTP), whose tensors no decoder of ours reads.
@@ -61,7 +61,12 @@ class Layout:
 
     def parameter_of(self) -> dict[str, str]:
         """Name on disk -> parameter."""
-        return {source.entry.name: target for target, sources in self.sources.items() for source in sources}
+        return {
+            part.name: target
+            for target, sources in self.sources.items()
+            for source in sources
+            for part in parts_of(source.entry)
+        }
 
 
 def read_layout(model: PreTrainedModel, entries: Mapping[str, Held]) -> Layout:
@@ -182,7 +187,7 @@ def renumbered(name: str, expert: int) -> str:
 def _further_layers(model: PreTrainedModel) -> list[re.Pattern[str]]:
     """The layers after the last that predict further tokens; the class knows their number in one size of a family."""
     last = getattr(model.config, "num_hidden_layers", 0)
-    further = getattr(model.config, MTP_FIELDS[0], None) or 0
+    further = max(int(getattr(model.config, field, None) or 0) for field in MTP_FIELDS)
     return [re.compile(rf"(?:^|\.)layers\.{last + extra}\.") for extra in range(further)]
 
 

@@ -33,9 +33,13 @@ from conmoe.evaluate import Fidelity, evaluate
 from conmoe.fit import fitted
 from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
+from conmoe.keeping import check_keeps
+from conmoe.manifest import reseal
+from conmoe.mtp import Policy, settle
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan
 from conmoe.portrait import REPORT_JSON, Lost, portray
+from conmoe.preflight import Serve, case_of_request, look, refuse
 from conmoe.progress import SILENT
 from conmoe.progress import Progress as Progress
 from conmoe.registry import Form
@@ -63,6 +67,7 @@ class Result:
     warnings: tuple[Advice, ...] = ()  # of the doctor, at first look
     held_out: tuple[str, ...] = ()  # texts that the fidelity was measured on
     command: str = ""  # what was typed
+    device: str = "cpu"
     overlap: float | None = None  # share of the held-out documents that were calibrated on
 
     def as_json(self) -> dict[str, Any]:
@@ -90,8 +95,11 @@ class Result:
             "warnings": [advice.model_dump(mode="json") for advice in self.warnings],
             "calibration_documents": list(self.manifest.documents),
             "dropped_tensors": list(self.applied.dropped),
+            "mtp": self.applied.heads.as_json(),
             "version": self.plan.version,
             "versions": versions(),
+            "statistics": self.plan.statistics,
+            "device": self.device,
             "command": self.command,
         }
 
@@ -111,6 +119,7 @@ def compress(
     report: bool = True,
     command: str = "",
     force: bool = False,
+    mtp: Policy = "auto",
 ) -> Result:
     """Make a smaller checkpoint and measure what it cost.
 
@@ -128,13 +137,14 @@ def compress(
         report: keep what a report needs beside the result, and write it if ``conmoe[report]`` is installed.
         command: what was typed, for the record.
         force: replace ``out`` if it exists.
+        mtp: what becomes of heads that predict further tokens: :mod:`conmoe.mtp`.
     """
     refuse_several("compress")
     trust = calibration.trust_remote_code
     request = replace(request, form=form, device=calibration.device, trust_remote_code=trust)
-    check(model, out, request, force=force)
+    check(model, out, request, force=force, mtp=mtp)
     source = open_source(model, dtype=calibration.dtype, trust_remote_code=trust)
-    request = fitted(source, request, progress)
+    request = fitted(source, request, progress, mtp)
     depth, tokens = source.config.num_hidden_layers, data.tokens
     refuse_overlap(work, model)
     if work.resolve() == out.resolve():
@@ -160,11 +170,11 @@ def compress(
     with ExitStack() as until_named:  # a result has its name only when it is verified and measured
         with progress.stage("apply", 0, "bytes") as advance:
             applied = until_named.enter_context(
-                applying(model, made, out, form=form, force=force, trust_remote_code=trust, advance=advance)
+                applying(model, made, out, form=form, force=force, trust_remote_code=trust, mtp=mtp, advance=advance)
             )
         if verified:
             with progress.stage("verify", applied.bytes, "bytes") as advance, _spoiled_by_error(applied.folder):
-                verify(applied.folder, model, made, applied.form, trust_remote_code=trust, advance=advance)
+                verify(applied.folder, model, made, applied.form, trust_remote_code=trust, mtp=mtp, advance=advance)
         fidelity = lost = None
         if held_out is not None:
             lost = Lost(held_out, model, trust_remote_code=trust) if report else None
@@ -182,9 +192,17 @@ def compress(
         warnings = first_look(source, statistics, made)
         texts = tuple(part.source for part in held_out.sources) if held_out is not None else ()
         approximate = is_approximate(made, applied.form)
-        shared = overlap(held_out.documents, manifest.documents) if held_out is not None else None
         result = Result(
-            replace(applied, folder=out), made, manifest, fidelity, approximate, warnings, texts, command, shared
+            replace(applied, folder=out),
+            made,
+            manifest,
+            fidelity,
+            approximate,
+            warnings,
+            texts,
+            command,
+            calibration.device,
+            overlap(held_out.documents, manifest.documents) if held_out is not None else None,
         )
         write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
         write_card(applied.folder, out.name)
@@ -194,7 +212,10 @@ def compress(
                     source, statistics, made, lost=lost, command=command, device=calibration.device, advance=advance
                 )
             write_atomic(applied.folder / PLAN_FOLDER / REPORT_JSON, seen.model_dump_json() + "\n")
-            write_default(applied.folder, applied.folder / PLAN_FOLDER / REPORT_HTML, out.name, progress)
+    if report:
+        page = out / PLAN_FOLDER / REPORT_HTML
+        write_default(out, page, out.name, progress)
+        reseal(out, [page.relative_to(out).as_posix()] if page.is_file() else [])
     return result
 
 
@@ -216,15 +237,36 @@ def clear_work(work: Path) -> None:
         work.rmdir()
 
 
-def check(model: Path, out: Path, request: Request, *, force: bool = False) -> None:
-    """Everything that can be refused before text is read: the model, the request, the output."""
+def check(
+    model: Path,
+    out: Path,
+    request: Request,
+    *,
+    force: bool = False,
+    serve: Serve | None = None,
+    mtp: Policy = "auto",
+) -> tuple[str, ...]:
+    """Everything that can be refused before text is read: the model, the request, the output, the engine.
+
+    Returns:
+        What there is to say of the engine that is to serve the result, where that is no refusal.
+    """
     source = open_source(model, trust_remote_code=request.trust_remote_code)
     check_compressible(source)
-    asked = check_request(source.layers, fitted(source, request, SILENT))
+    asked = check_request(source.layers, fitted(source, request, SILENT, mtp))
+    check_keeps(source, asked, request)
     if asked.method.condenses and asked.form == "sliced":
         check_foldable(source)
+    case = case_of_request(source, asked, serve)
+    if not case.uneven:
+        settle(source, case.K, mtp, whole=asked.form == "expanded")
     refuse_overlap(out, model)
     check_free(out, force=force)
+    if serve is None:
+        return ()
+    serving = look(case, serve.engine)
+    refuse(serving)
+    return serving.warnings
 
 
 def calibration_documents(result: Path) -> tuple[str, ...]:

@@ -69,11 +69,13 @@ def settle(
     sequential: bool | None = None,
     refine: str | None = None,
     refine_options: Mapping[str, Any] | None = None,
+    refinable: bool = True,
 ) -> Settings:
     """What is given counts; what is None is what ``effort`` says.
 
     A refinement that is asked for by name leaves only the amounts of text to the effort; none at all leaves nothing to
-    it, and the text is that of ``quick``. Methods that cannot be refined are not; layers that share a pool of
+    it, and the text is that of ``quick``. Methods that cannot be refined are not, nor are models whose experts must
+    stay as they are (``refinable`` is false: those in low precision); layers that share a pool of
     prototypes are refined at once, not one after the other.
 
     Raises:
@@ -92,7 +94,7 @@ def settle(
     asked = get_method(method)
     # layers that share a pool have no one router to ask
     alone = scope == 1 or asked.form_with(options or {}) != "sliced"
-    chosen = refine or (preset.refine if alone and not unrefinable(asked) else NONE)
+    chosen = refine or (preset.refine if refinable and alone and not unrefinable(asked) else NONE)
     if chosen == preset.refine:
         fitting = {**preset.refine_options, **fitting}
     if sequential is None:

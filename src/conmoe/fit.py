@@ -8,7 +8,8 @@
 The count is found before any calibration, from the headers of the checkpoint alone, and exactly: what is counted is
 what `conmoe apply` would write in the form that the request takes, prototypes, router rows, maps and all the rest of
 the model. One expert a layer more would be too large. Only counts that the router can work with are tried: with
-groups, multiples of them. Headers of files, the tokenizer and the configuration come on top.
+groups, multiples of them. Headers of files, the tokenizer and the configuration come on top. A head that predicts
+further tokens is counted as `conmoe apply` prunes it (a little too much, where it has to be dropped).
 
 With `--scope` the pool of a scope holds so many for each of its layers. A budget shares out as many in all; where it
 may give layers different numbers, the size is that of the shared form. It goes with every method whose results have a
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 
 from conmoe.allocate import parse_counts, parse_size
-from conmoe.moe import MoeLayer
+from conmoe.apply import result_config, settle_heads
+from conmoe.moe import MoeLayer, count_field
+from conmoe.mtp import Policy, most_bytes, stated
 from conmoe.ops.plans import identity, prune, remap
 from conmoe.outputs import plan_outputs
 from conmoe.progress import Progress
@@ -53,7 +56,7 @@ class Fitted:
     bytes: int  # of all tensors of the result
 
 
-def fitted(source: Source, request: Request, progress: Progress) -> Request:
+def fitted(source: Source, request: Request, progress: Progress, mtp: Policy = "auto") -> Request:
     """The request with a ``keep`` in place of ``fit``, if it has one, and a note of what was chosen.
 
     Raises:
@@ -61,7 +64,7 @@ def fitted(source: Source, request: Request, progress: Progress) -> Request:
     """
     if not request.fit:
         return request
-    found = fit(source, request)
+    found = fit(source, request, mtp)
     progress.note(
         f"--fit {request.fit}: keeps {found.kept} of {found.experts} experts a layer, {shown(found.bytes)} in the "
         f"{found.form} form."
@@ -69,7 +72,7 @@ def fitted(source: Source, request: Request, progress: Progress) -> Request:
     return found.request
 
 
-def fit(source: Source, request: Request) -> Fitted:
+def fit(source: Source, request: Request, mtp: Policy = "auto") -> Fitted:
     """The largest number of experts a layer whose result is no larger than ``request.fit``.
 
     Which experts stay does not matter to the size, nor how a budget shares them out, except that counts which may
@@ -90,7 +93,7 @@ def fit(source: Source, request: Request) -> Fitted:
         )
 
     def bytes_at(kept: int) -> int:
-        return _bytes(source, allowed[kept])
+        return _bytes(source, allowed[kept], lambda config, form: most_bytes(source, _count(source, config), mtp))
 
     counts = sorted(allowed)
     place = bisect_right(counts, limit, key=bytes_at)
@@ -102,7 +105,8 @@ def fit(source: Source, request: Request) -> Fitted:
     kept = counts[place - 1]
     asked = allowed[kept]
     resolved = replace(request, keep=str(kept), fit="")
-    return Fitted(resolved, kept, source.layers[0].logical, _form(asked), bytes_at(kept))
+    written = _bytes(source, asked, lambda config, form: _head(source, config, form, mtp))
+    return Fitted(resolved, kept, source.layers[0].logical, _form(asked), written)
 
 
 def _allowed(source: Source, request: Request) -> dict[int, Asked]:
@@ -138,15 +142,24 @@ def _form(asked: Asked) -> Form:
     return "shared" if not asked.budget.even and asked.counts != asked.cap and asked.form == "sliced" else asked.form
 
 
-def _bytes(source: Source, asked: Asked) -> int:
-    """What the tensors of the result take."""
+def _count(source: Source, config: Mapping[str, Any]) -> int:
+    return int(config[stated(source, config, count_field(source.config))[0]])
+
+
+def _head(source: Source, config: Mapping[str, Any], form: Form, mtp: Policy) -> int:
+    return sum(output.nbytes for output in settle_heads(source, config, form, mtp).outputs)
+
+
+def _bytes(source: Source, asked: Asked, heads: Callable[[Mapping[str, Any], Form], int]) -> int:
+    """What the tensors of the result take; ``heads`` says what those that predict further tokens do."""
     scopes = tuple(
         ScopePlan(tuple(layer.index for layer in scope), _stand_in(source, asked, scope[0], count, experts))
         for scope, count, experts in zip(asked.scopes, asked.counts, asked.cap, strict=True)
     )
     form = _form(asked)
     plan = Plan(scopes, asked.method.name, asked.options, asked.keep, form, {}, "", "", "")
-    return sum(output.nbytes for output in plan_outputs(source, plan, form)[0])
+    head = heads(result_config(source, plan, form), form)
+    return head + sum(output.nbytes for output in plan_outputs(source, plan, form)[0])
 
 
 def _stand_in(source: Source, asked: Asked, layer: MoeLayer, K: int, M: int) -> LayerPlan:

@@ -102,9 +102,9 @@ def representatives(plan: LayerPlan) -> Tensor:
     return plan.mixing_KE.masked_fill(~answers_KE, float("-inf")).argmax(dim=1)
 
 
-def without_map(plan: LayerPlan) -> LayerPlan:
-    """What the sliced form makes of a plan: experts other than the representatives are dropped."""
-    rows = representatives(plan)
+def without_map(plan: LayerPlan, rows: Tensor | None = None) -> LayerPlan:
+    """What the sliced form makes of a plan: all experts but ``rows``, by default the representatives, are dropped."""
+    rows = representatives(plan) if rows is None else rows
     assignment_E = torch.full_like(plan.assignment_E, -1)
     assignment_E[rows] = torch.arange(rows.numel())
     router_KD = None if plan.router_KD is None else plan.router_KD[assignment_E[plan.assignment_E >= 0] >= 0]

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from conmoe.allocate import experts_kept
+from conmoe.allocate import experts_kept, parse_keep
 from conmoe.forms import check_groups
-from conmoe.moe import MoeLayer, decoder_layers
+from conmoe.moe import MoeLayer, count_field, decoder_layers
+from conmoe.mtp import find_heads, most_bytes
+from conmoe.preflight import Serve, Serving, case_of_checkpoint, look
+from conmoe.registry import Form
 from conmoe.shards import Entry, Held
-from conmoe.source import Source, open_source
+from conmoe.source import Source, check_compressible, open_source
 from conmoe.stream import BATCH_TOKENS
 from conmoe.types import UsageError
 
@@ -30,6 +33,16 @@ class Saving:
     experts: int
     bytes: int
     saved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """A head that predicts further tokens."""
+
+    tensors: int
+    bytes: int
+    experts: int  # of its own, 0: none
+    odd: str  # why they could not be pruned; empty where they can
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +68,54 @@ class Inspection:
     legal_sliced_counts: tuple[int, ...]
     estimated_peak_bytes: int
     estimated_seconds: float  # to calibrate on 16,384 tokens, on this machine's CPU
+    quantisation: str | None = None  # how matrices are stored, where that is in low precision
+    mtp: HeadFacts | None = None  # the head that predicts further tokens, if there is one
+    serving: Serving | None = None  # what an engine would say, where one was named
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def inspect(model: Path, *, trust_remote_code: bool = False, entries: dict[str, Entry] | None = None) -> Inspection:
-    """Look at a checkpoint without loading a weight; ``entries`` are its headers, where they are not in the folder.
+def inspect(
+    model: Path,
+    *,
+    trust_remote_code: bool = False,
+    entries: dict[str, Entry] | None = None,
+    keep: str = "",
+    form: Form = "sliced",
+    serve: Serve | None = None,
+) -> Inspection:
+    """Look at a checkpoint without loading a weight.
+
+    Args:
+        model: a checkpoint folder.
+        trust_remote_code: run modelling code that comes with it.
+        entries: its headers, where they are not in the folder.
+        keep: a share or count of experts to look at beside the usual ones; empty: none.
+        form: in which ``keep`` would be stored.
+        serve: an engine to ask about ``keep``, or about the checkpoint as it is; an answer of no is no error here.
 
     Raises:
-        UsageError: no model, a dense model, or an unsupported family.
+        UsageError: no model, a dense model, an unsupported family, or a ``keep`` that cannot be.
     """
     source = open_source(model, trust_remote_code=trust_remote_code, entries=entries)
     first = source.layers[0]
+    if keep:
+        check_compressible(source)
+    kept = experts_kept(parse_keep(keep), first.logical) if keep else None
+    shares = sorted({0.25, 0.5, 0.75, *((kept / first.logical,) if kept else ())})
     owner = source.layout.parameter_of()
     prefixes = tuple(f"{layer.experts}." for layer in source.layers)
     routed = [entry for entry in source.entries.values() if owner.get(entry.name, "").startswith(prefixes)]
     total = sum(entry.nbytes for entry in source.entries.values())
     routed_bytes = sum(entry.nbytes for entry in routed)
-    parameters = sum(map(_count, source.entries.values()))
-    routed_parameters = sum(map(_count, routed))
+    parameters = sum(map(_count, source.tensors))
+    routed_parameters = sum(
+        _count(piece.entry)
+        for target, pieces in source.layout.sources.items()
+        if target.startswith(prefixes)
+        for piece in pieces
+    )
     active = parameters - routed_parameters + routed_parameters * first.top_k // first.stored
     return Inspection(
         family=source.config.model_type,
@@ -92,16 +133,28 @@ def inspect(model: Path, *, trust_remote_code: bool = False, entries: dict[str, 
         total_bytes=total,
         routed_share=routed_bytes / total,
         dtype=str(source.model.dtype).removeprefix("torch."),
-        savings=tuple(_saving(keep, first.stored, routed_bytes, total) for keep in (0.25, 0.5, 0.75)),
+        savings=tuple(_saving(source, share, routed_bytes, total) for share in shares),
         legal_sliced_counts=tuple(count for count in range(1, first.stored + 1) if _legal(first, count)),
         estimated_peak_bytes=_peak(source),
         estimated_seconds=2.0 * active * 16384 / _flops(source.model.dtype),
+        quantisation=source.scheme.name if source.scheme else None,
+        mtp=_head(source),
+        serving=look(case_of_checkpoint(source, serve, kept, form), serve.engine) if serve else None,
     )
 
 
-def _saving(keep: float, experts: int, routed: int, total: int) -> Saving:
+def _head(source: Source) -> HeadFacts | None:
+    heads = find_heads(source)
+    size = sum(entry.nbytes for entry in heads.entries)
+    experts = int(getattr(source.config, count_field(source.config))) if heads.has_experts else 0
+    return HeadFacts(len(heads.entries), size, experts, heads.odd) if heads.entries else None
+
+
+def _saving(source: Source, keep: float, routed: int, total: int) -> Saving:
+    experts = source.layers[0].stored
     count = experts_kept(keep, experts)
     saved = routed - routed * count // experts
+    saved += most_bytes(source, experts, "auto") - most_bytes(source, count, "auto")
     return Saving(keep, count, total - saved, saved)
 
 

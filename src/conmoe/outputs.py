@@ -11,27 +11,49 @@ from torch import Tensor
 from conmoe.checkpoint import disk_name, is_stack, renumbered
 from conmoe.folding import fold, forget_folded
 from conmoe.forms import Stored, is_condensed, own_part, stored_experts
+from conmoe.lowprec import REMEDY, Places, is_low
 from conmoe.moe import MoeLayer, family_layout, logical_rows, scores_name
+from conmoe.mtp import is_head
 from conmoe.ops.experts import concatenate, mix, tensors
 from conmoe.ops.factors import from_weights
 from conmoe.registry import Form
-from conmoe.shards import DTYPE_NAMES, Held, Output, bytes_of, raw_chunks, read_tensor, tensor_output, torch_dtype
+from conmoe.shards import (
+    DTYPE_NAMES,
+    Held,
+    Output,
+    bytes_of,
+    copies,
+    parts_of,
+    raw_chunks,
+    read_tensor,
+    tensor_output,
+    torch_dtype,
+)
 from conmoe.source import Source, read_experts
 from conmoe.types import LayerPlan, Plan, ScopePlan, UsageError
 
 
 def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], tuple[str, ...]]:
-    """Every tensor of the result, in the source's order, and the names of those left out on purpose."""
+    """Every tensor of the result, in the source's order, and the names of those left out on purpose.
+
+    Heads that predict further tokens are not among either: :mod:`conmoe.mtp` sees to them.
+    """
     layers = {layer.index: layer for layer in source.layers}
     scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
     outputs: list[Output] = []
     sliced_rows = router_rows(source, plan, form)
     fitted = fitted_rows(source, plan, form)
     replaced = fold(source, plan).replaced if form == "sliced" else {}
+    if replaced and source.scheme:
+        raise UsageError(
+            f"{source.folder} is stored as {source.scheme.name}, which no layer can be folded in; {REMEDY}."
+        )
     experts = {f"{layer.experts}.": layer for layer in layers.values()}
     routerless = tuple(f"{layer.router}." for layer in layers.values() if is_condensed(scope_of.get(layer.index)))
     for target, sources in source.layout.sources.items():
         owner = next((layer for prefix, layer in experts.items() if target.startswith(prefix)), None)
+        if target in fitted or target in sliced_rows:
+            _check_rows(source, sources[0].entry)
         if target in replaced:
             outputs += replaced[target]
         elif owner is not None:
@@ -43,13 +65,29 @@ def plan_outputs(source: Source, plan: Plan, form: Form) -> tuple[list[Output], 
         elif target in sliced_rows:
             outputs.append(_rows(sources[0].entry, *sliced_rows[target]))
         else:
-            outputs += [_copy(piece.entry) for piece in sources]
+            outputs += [output for piece in sources for output in copies(piece.entry)]
     if form == "shared":
         for index, layer in layers.items():
             outputs += _maps(source, layer, scope_of.get(index))
+    unread = [entry for entry in source.layout.ignored if not is_head(source, entry.name)]
     if form == "expanded":
-        return outputs + [_copy(entry) for entry in source.layout.ignored], ()
-    return outputs, tuple(entry.name for entry in source.layout.ignored)
+        return outputs + [output for entry in unread for output in copies(entry)], ()
+    return outputs, tuple(part.name for entry in unread for part in parts_of(entry))
+
+
+def expert_places(source: Source, plan: Plan, form: Form) -> Places:
+    """Layer and number of each expert of the source -> where the result holds copies of it."""
+    scope_of = {index: scope for scope in plan.scopes for index in scope.layers}
+    places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for layer in source.layers:
+        scope = scope_of.get(layer.index)
+        stored = stored_experts(layer, scope, form)
+        for slot in range(len(stored.prototype_S)) if stored.owner else ():
+            origin = stored.origin(slot)
+            if origin is not None:
+                home = scope.layers[origin // layer.logical] if scope else layer.index
+                places.setdefault((home, origin % layer.logical), []).append((layer.index, slot))
+    return places
 
 
 def router_rows(source: Source, plan: Plan, form: Form) -> dict[str, tuple[int, Tensor]]:
@@ -83,7 +121,8 @@ def _expert_outputs(
     """The stored experts' share of one expert parameter: a tensor for each, or one for all, as the source has it."""
     sources = source.layout.sources[target]
     if scope is None:
-        yield from (_copy(piece.entry) for piece in sources)
+        for piece in sources:
+            yield from copies(piece.entry)
         return
     stored = stored_experts(layer, scope, form)
     if not stored.owner or not len(stored.prototype_S) or from_weights(scope.plan.weights)[0]:
@@ -102,8 +141,12 @@ def _expert_outputs(
                 output_name = renumbered(like.name, slot)
                 origin = stored.origin(slot)
                 if origin is not None:
-                    entry = tables[origin // layer.logical][origin % layer.logical]
-                    yield Output(output_name, like.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
+                    yield from copies(tables[origin // layer.logical][origin % layer.logical], output_name)
+                elif any(is_low(piece.entry) for piece in sources):
+                    raise UsageError(
+                        f"{source.folder} stores the experts of layer {layer.index} in low precision, and this plan "
+                        f"makes new ones in the {form} form; {REMEDY}."
+                    )
                 else:
                     parts = len(converter.source_patterns)
                     make = partial(_computed_part, source, like, scope, stored, slot, name, part, parts)
@@ -214,6 +257,8 @@ def _factored(source: Source, layer: MoeLayer, plan: LayerPlan) -> dict[str, Ten
     factors, others = from_weights(plan.weights)
     if not factors:
         return {}
+    if source.low_experts:
+        raise UsageError(f"{source.folder} stores its experts in low precision, not as factors; {REMEDY}.")
     first = next(target for target in source.layout.sources if target.startswith(f"{layer.experts}."))
     dtype = torch_dtype(source.layout.sources[first][0].entry)
     found: dict[str, Tensor] = {}
@@ -241,5 +286,10 @@ def _maps(source: Source, layer: MoeLayer, scope: ScopePlan | None) -> Iterator[
         yield tensor_output(disk, kind, value.shape, partial(torch.clone, value))
 
 
-def _copy(entry: Held) -> Output:
-    return Output(entry.name, entry.dtype, entry.shape, entry.nbytes, partial(raw_chunks, entry))
+def _check_rows(source: Source, entry: Held) -> None:
+    """Raise a UsageError if rows of a router would have to be taken out of a matrix in low precision."""
+    if is_low(entry):
+        raise UsageError(
+            f"{source.folder} stores the router's {entry.name} in low precision, of which no rows can be cut or "
+            "changed; use --form shared with a method that remaps."
+        )

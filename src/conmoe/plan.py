@@ -36,6 +36,7 @@ from conmoe.budgets import Context
 from conmoe.fit import fitted
 from conmoe.folding import check_foldable
 from conmoe.forms import is_condensed, without_map
+from conmoe.keeping import check_keeps
 from conmoe.moe import MoeLayer
 from conmoe.ops.experts import select, tensors
 from conmoe.ops.outliers import super_experts
@@ -92,6 +93,7 @@ def plan(
     if manifest.model != name:
         raise UsageError(f"{statistics} was made from another checkpoint than {model}; calibrate this one.")
     asked = check_request(source.layers, request)
+    check_keeps(source, asked, request)
     _check_needs(asked.method, read_layer(statistics, source.layers[0].index), statistics)
     _check_sample(request, manifest, statistics)
     if out is not None:

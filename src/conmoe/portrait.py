@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from torch import Tensor
 
 from conmoe.artifacts import Record, read_layer
@@ -22,12 +23,12 @@ from conmoe.ops.experts import select
 from conmoe.ops.halves import first_drawn
 from conmoe.ops.similarity import TINY, output_cosine
 from conmoe.source import Source, read_experts
-from conmoe.types import ConmoeError, LayerPlan, Plan, ScopePlan
+from conmoe.types import ConmoeError, LayerPlan, Plan, ScopePlan, UsageError
 
 REPORT_JSON = "report.json"
 FORMAT = 1
 #: Tokens of a layer's sample that errors are measured on, and similarities: enough for a picture, cheap to look at.
-TOKENS, SIMILAR_TOKENS = 2048, 256
+TOKENS, SIMILAR_TOKENS = 1024, 256
 #: Experts whose similarities are kept: of a larger layer those that are used most.
 LARGEST = 64
 #: Sequences and tokens that lost most, and how much text is shown of them.
@@ -48,6 +49,13 @@ class LayerPortrait(Record):
     planned: Planned  # predicted and measured errors, and the method on two halves of the sample, not refined
     similar: tuple[int, ...]  # the experts of the matrix, those with the same prototype beside each other
     similarity: tuple[tuple[float, ...], ...]  # mean cosine of the outputs of two experts for the same token
+
+    @model_validator(mode="after")
+    def _fits(self) -> LayerPortrait:
+        E, S = len(self.assignment), len(self.similar)
+        if not len(self.tokens) == len(self.contribution) == E or [len(row) for row in self.similarity] != [S] * S:
+            raise ValueError("the numbers of a layer differ in length")
+        return self
 
 
 class LostText(Record):
@@ -75,6 +83,7 @@ class Portrait(Record):
     scopes: tuple[LayerPortrait, ...]
     texts: tuple[LostText, ...] = ()
     tokens: tuple[LostToken, ...] = ()
+    not_finite: int = 0  # sequences whose KL is no number
 
 
 def portray(
@@ -103,7 +112,8 @@ def portray(
         scopes.append(_scope(source, statistics, plan, scope, device))
         advance(len(scope.layers))
     texts, tokens = lost.worst() if lost else ((), ())
-    return Portrait(command=command, scopes=tuple(scopes), texts=texts, tokens=tokens)
+    not_finite = lost.not_finite if lost else 0
+    return Portrait(command=command, scopes=tuple(scopes), texts=texts, tokens=tokens, not_finite=not_finite)
 
 
 def load_portrait(file: Path) -> Portrait | None:
@@ -115,9 +125,12 @@ def load_portrait(file: Path) -> Portrait | None:
     if not file.is_file():
         return None
     try:
-        return Portrait.model_validate_json(file.read_bytes())
+        found = Portrait.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise ConmoeError(f"{file} is damaged or of another version: {error.errors()[0]['msg']}.") from error
+    if found.format != FORMAT or not found.scopes:
+        raise ConmoeError(f"{file} has format {found.format}; this version reads {FORMAT}.")
+    return found
 
 
 class Lost:
@@ -125,11 +138,17 @@ class Lost:
 
     def __init__(self, data: TokenData, model: Path, *, trust_remote_code: bool = False) -> None:
         self.ids_NS = data.ids_NS
-        self.tokenizer: Any = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        self.tokenizer: Any = None
+        with suppress(UsageError):  # text is for people; without a tokenizer they see the numbers of tokens
+            self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        self.not_finite = 0
         self.sequences: list[tuple[float, int]] = []
         self.tokens: list[tuple[float, int, int, int, int]] = []
 
     def __call__(self, n: int, kl_S: Tensor, source_S: Tensor, model_S: Tensor) -> None:
+        if not bool(torch.isfinite(kl_S).all()):
+            self.not_finite += 1
+            return
         self.sequences.append((float(kl_S.mean()), -n))
         kl_S = kl_S[:-1]  # what follows the last position is not in the text
         for position in kl_S.topk(min(WORST_TOKENS, len(kl_S))).indices.tolist():
@@ -146,15 +165,18 @@ class Lost:
                 before=self._decode(-n, max(0, -position - CONTEXT), -position + 1),
                 kl=kl,
                 next=self._decode(-n, -position + 1, -position + 2),
-                source=str(self.tokenizer.decode([source])),
-                result=str(self.tokenizer.decode([model])),
+                source=self._text([source]),
+                result=self._text([model]),
             )
             for kl, n, position, source, model in self.tokens
         ]
         return tuple(texts), tuple(tokens)
 
     def _decode(self, n: int, start: int, end: int) -> str:
-        return str(self.tokenizer.decode(self.ids_NS[n, start:end].tolist()))
+        return self._text(self.ids_NS[n, start:end].tolist())
+
+    def _text(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids)) if self.tokenizer is None else str(self.tokenizer.decode(ids))
 
 
 def _scope(source: Source, statistics: Path, made: Plan, scope: ScopePlan, device: str) -> LayerPortrait:

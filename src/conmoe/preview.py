@@ -44,8 +44,8 @@ def preview(
     """
     chosen: Form = form or plan.default_form  # type: ignore[assignment]
     check_form(source.layers, plan, chosen)
-    outputs, dropped = plan_outputs(source, plan, chosen)
-    config = result_config(source, plan, chosen, without_mtp=bool(dropped))
+    outputs, _ = plan_outputs(source, plan, chosen)
+    config = result_config(source, plan, chosen)
     with tempfile.TemporaryDirectory(prefix="conmoe-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         return open_source(

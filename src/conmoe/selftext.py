@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from conmoe.artifacts import building, fingerprint, write_atomic
-from conmoe.generate import open_writer
+from conmoe.data import load_tokenizer
 from conmoe.types import UsageError
+from conmoe.whole import load_whole
 
 #: The file in the folder of the text.
 TEXT = "text.jsonl"
@@ -62,7 +63,8 @@ def write_text(
         raise UsageError("Tokens, the length of a document and the batch are numbers of 1 and more.")
     key = fingerprint([str(model.resolve()), tokens, length, batch, temperature, seed])
     with building(out, force=force, key=key) as folder:
-        loaded, tokenizer = open_writer(model, device, trust_remote_code=trust_remote_code)
+        loaded = load_whole(model, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         end = tokenizer.eos_token_id
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
         if first is None:

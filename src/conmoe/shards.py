@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +58,39 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor to be written: ``chunks()`` yields exactly ``nbytes`` bytes when its turn comes."""
+    """One tensor to be written: ``chunks()`` yields exactly ``nbytes`` bytes when its turn comes.
+
+    One with ``parts`` lies on disk as these, in low precision, and is computed from them when it is read.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     chunks: Callable[[], Iterable[bytes | memoryview]]
+    parts: tuple[Held, ...] = ()
 
     @property
     def file(self) -> Path:
         """Where an error would say that it is."""
-        return Path("(not written)")
+        return self.parts[0].file if self.parts else Path("(not written)")
 
 
 #: A tensor of a checkpoint, written or not.
 Held = Entry | Output
+
+
+def parts_of(entry: Held) -> tuple[Held, ...]:
+    """The tensors on disk that hold ``entry``: itself, or the parts that it is computed from."""
+    return entry.parts if isinstance(entry, Output) and entry.parts else (entry,)
+
+
+def copies(entry: Held, name: str = "") -> Iterator[Output]:
+    """A tensor byte by byte, with everything that it is made of; all under ``name``, if it gets another."""
+    module = (name or entry.name).rpartition(".")[0]
+    for part in parts_of(entry):
+        own = part.name if not name else name if part is entry else f"{module}.{part.name.rpartition('.')[2]}"
+        yield Output(own, part.dtype, part.shape, part.nbytes, partial(raw_chunks, part))
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from conmoe.checkpoint import Layout, read_layout, read_module, read_parameter
+from conmoe.lowprec import Scheme, is_low, read_scheme, views
 from conmoe.moe import MoeLayer, canonical, moe_layers, rerouter, scores_name
 from conmoe.shards import DTYPES, Held, read_entries
 from conmoe.types import Experts, UsageError
@@ -29,6 +30,7 @@ class Source:
     entries: Mapping[str, Held]
     layout: Layout
     layers: tuple[MoeLayer, ...]
+    scheme: Scheme | None = None  # how its matrices are stored, where that is in low precision
 
     @property
     def vocabulary(self) -> int:
@@ -39,12 +41,25 @@ class Source:
     def files(self) -> list[Path]:
         return [entry.file for entry in self.entries.values()]
 
+    @property
+    def tensors(self) -> list[Held]:
+        """Every tensor, each matrix in one piece, whatever it is stored as."""
+        return [*(piece.entry for pieces in self.layout.sources.values() for piece in pieces), *self.layout.ignored]
+
+    @property
+    def low_experts(self) -> bool:
+        """Whether weights of routed experts are in low precision."""
+        prefixes = tuple(f"{layer.experts}." for layer in self.layers)
+        sources = self.layout.sources.items()
+        return any(is_low(piece.entry) for name, pieces in sources if name.startswith(prefixes) for piece in pieces)
+
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a checkpoint.
 
     Raises:
-        UsageError: the folder holds no readable configuration, or one of an unknown type.
+        UsageError: the folder holds no readable configuration, one of an unknown type, or is quantised in an unknown
+            way.
     """
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no model: it holds no config.json.")
@@ -55,8 +70,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"The configuration of {folder} cannot be used: {reason}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UsageError(f"{folder} is quantised; conmoe works on the full-precision checkpoint it was made from.")
+    read_scheme(folder, getattr(config, "quantization_config", None))
     return config
 
 
@@ -83,9 +97,15 @@ def open_source(
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     entries = read_entries(folder) if entries is None else entries
-    model = _meta_model(config, dtype or _dtype_on_disk(config, entries), experts_implementation, trust_remote_code)
+    scheme = read_scheme(folder, getattr(config, "quantization_config", None))
+    dtype = dtype or _dtype_on_disk(config, entries)
+    whole = entries
+    if scheme:
+        del config.quantization_config  # the model is that of full precision
+        whole = views(entries, scheme, dtype)
+    model = _meta_model(config, dtype, experts_implementation, trust_remote_code)
     layers = moe_layers(model)
-    return Source(folder, config, model, entries, read_layout(model, entries), layers)
+    return Source(folder, config, model, entries, read_layout(model, whole), layers, scheme)
 
 
 def check_compressible(source: Source) -> None:
@@ -106,7 +126,7 @@ def outline_experts(source: Source, layer: MoeLayer) -> Experts:
 
 
 def read_experts(source: Source, layer: MoeLayer) -> Experts:
-    """The experts of one layer, from disk, in their dtype on disk."""
+    """The experts of one layer, from disk, in their dtype on disk, or the model's if that is low precision."""
     module = source.model.get_submodule(layer.experts)
     values = {}
     for name, _ in module.named_parameters():
@@ -162,4 +182,5 @@ def _dtype_on_disk(config: PretrainedConfig, entries: Mapping[str, Held]) -> tor
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    return next((kinds[entry.dtype] for entry in entries.values() if entry.dtype in kinds), torch.float32)
+    own = (entry for name, entry in entries.items() if "_scale" not in name)  # scales have a dtype of theirs
+    return next((kinds[entry.dtype] for entry in own if entry.dtype in kinds), torch.float32)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from conmoe.apply import check_plan
+from conmoe.apply import check_plan, result_config, settle_heads
 from conmoe.checkpoint import read_module
 from conmoe.folding import Folding, fold
 from conmoe.forms import stored_experts
+from conmoe.lowprec import is_low
 from conmoe.moe import MoeLayer
+from conmoe.mtp import Policy
 from conmoe.outputs import fitted_rows, forget_prototypes, map_name, maps, plan_outputs, router_rows
 from conmoe.preview import preview
 from conmoe.registry import Form
 from conmoe.runtime import register_family
-from conmoe.shards import Held, raw_chunks, read_tensor
+from conmoe.shards import Held, parts_of, raw_chunks, read_tensor
 from conmoe.source import Source, open_source
 from conmoe.stream import open_stream
 from conmoe.types import ConmoeError, Plan, ScopePlan
@@ -31,6 +34,7 @@ def verify(
     form: Form,
     *,
     trust_remote_code: bool = False,
+    mtp: Policy = "auto",
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Check that ``result`` is what ``plan`` says.
@@ -54,7 +58,7 @@ def verify(
         if pieces[0].entry.name in folded:
             for piece in pieces:
                 _same(piece.entry, folded[piece.entry.name])
-                advance(piece.entry.nbytes)
+                advance(_bytes(piece.entry))
             continue
         layer = next((layer for layer in layers.values() if target.startswith(f"{layer.experts}.")), None)
         scope = scopes.get(layer.index) if layer else None
@@ -62,7 +66,7 @@ def verify(
             for piece in pieces:
                 if not _check_expert(source, layer, scope, form, target, piece.entry, piece.pattern, piece.expert):
                     _same(piece.entry, computed[piece.entry.name], against="what the plan makes")
-                advance(piece.entry.nbytes)
+                advance(_bytes(piece.entry))
         elif target in source.layout.sources:
             for new, old in zip(pieces, source.layout.sources[target], strict=True):
                 if target in fitted:
@@ -71,12 +75,17 @@ def verify(
                     _same_rows(new.entry, old.entry, *rows[target])
                 else:
                     _same(new.entry, old.entry)
-                advance(new.entry.nbytes)
+                advance(_bytes(new.entry))
         else:  # maps and gains, which come next
-            advance(sum(piece.entry.nbytes for piece in pieces))
+            advance(sum(_bytes(piece.entry) for piece in pieces))
     if form == "shared":
         for index, layer in layers.items():
             _check_maps(source, made, layer, scopes.get(index))
+    for output in settle_heads(source, result_config(source, plan, form), form, mtp).outputs:
+        if output.name not in made.entries:
+            raise ConmoeError(f"{result} holds no {output.name}; the result is damaged.")
+        _same(made.entries[output.name], output, against="what becomes of the source's head for further tokens")
+        advance(output.nbytes)
     if folding.blocks:
         _check_folded(source, made, plan, folding.blocks)
     forget_prototypes()
@@ -124,11 +133,19 @@ def _same(
     *,
     against: str = "",
 ) -> None:
+    if is_low(old):  # what is stored has to be the same, which is more than what it stands for
+        for part, other in zip_longest(parts_of(new), parts_of(old), fillvalue=old):
+            _same(part, other, against=against)
+        return
     length = new.nbytes if nbytes is None else nbytes
     pairs = zip(raw_chunks(new, new_start, length), raw_chunks(old, old_start, length), strict=True)
     if new.dtype != old.dtype or (nbytes is None and new.nbytes != old.nbytes) or any(a != b for a, b in pairs):
         against = against or f"the source's {old.name}"
         raise ConmoeError(f"{new.name} in {new.file} differs from {against}; the result is damaged.")
+
+
+def _bytes(entry: Held) -> int:
+    return sum(part.nbytes for part in parts_of(entry))
 
 
 def _same_rows(new: Held, old: Held, axis: int, rows: Tensor) -> None:

@@ -102,6 +102,25 @@ Scope = Annotated[
 FormName = Annotated[
     str | None, typer.Option("--form", help="shared, sliced or expanded; by default what suits the method.")
 ]
+ServeEngine = Annotated[
+    str,
+    typer.Option(
+        "--serve",
+        metavar="ENGINE",
+        help="Ask before any work whether an engine takes the result: vllm, sglang, llama.cpp, mlx or transformers.",
+    ),
+]
+TensorParallel = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="With --serve: tensor-parallel ranks.")]
+ExpertParallel = Annotated[int, typer.Option("--ep", metavar="N", min=1, help="With --serve: expert-parallel ranks.")]
+Mtp = Annotated[
+    str,
+    typer.Option(
+        "--mtp",
+        metavar="POLICY",
+        help="What becomes of a head that predicts further tokens: keep (as it is), prune (its experts, by their "
+        "weights alone), drop, or auto (the first of these that can be).",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")]

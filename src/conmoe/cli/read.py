@@ -16,7 +16,9 @@ from conmoe.builtin_text import BUILTIN_NAME
 from conmoe.cli.console import say
 from conmoe.data import DataSpec, TokenData, check_tokenizer, load_tokenizer, load_tokens, parse_spec
 from conmoe.documents import first_line
+from conmoe.mtp import POLICIES, Policy
 from conmoe.parallel import local_rank
+from conmoe.preflight import Serve
 from conmoe.registry import Form, get_method
 from conmoe.request import Request, parse_refine
 from conmoe.source import load_config, open_source
@@ -58,6 +60,25 @@ def read_data(
 
 def read_specs(data: list[str] | None, option: str = "--data") -> list[DataSpec]:
     return [parse_spec(text, option) for text in data or []]
+
+
+def read_domains(specs: list[str], option: str = "--data") -> dict[str, str]:
+    """Domain -> its text, from ``NAME=SPEC`` or ``SPEC``, which is named after its file."""
+    found: dict[str, str] = {}
+    for text in specs:
+        name, spec = split_name(text)
+        source = parse_spec(spec, option).source
+        name = name or re.sub(r"(\.(txt|jsonl|parquet))?(\.(gz|xz))?$", "", source.split("/")[-1])
+        if name in found:
+            raise UsageError(f"{option} has two domains {name!r}; name them: {option} NAME=SPEC.")
+        found[name] = spec
+    return found
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """``NAME=SPEC`` in two; the name is empty where there is none."""
+    named = re.fullmatch(r"([\w.+-]+)=(.+)", text)
+    return (named[1], named[2]) if named and not Path(text).is_file() else ("", text)
 
 
 def read_depth(folder: Path, trust_remote_code: bool) -> int:
@@ -112,6 +133,18 @@ def read_request(
         sample,
         fit=fit,
     )
+
+
+def read_serve(engine: str, tp: int, ep: int) -> Serve | None:
+    if not engine and (tp > 1 or ep > 1):
+        raise UsageError("--tp and --ep say how an engine is started; name it by --serve.")
+    return Serve(engine, tp, ep) if engine else None
+
+
+def read_mtp(text: str) -> Policy:
+    if text not in POLICIES:
+        raise UsageError(f"--mtp takes {', '.join(POLICIES)}, not {text!r}.")
+    return text
 
 
 def read_options(name: str, given: list[str] | None) -> dict[str, str]:

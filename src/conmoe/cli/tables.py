@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from conmoe.diagnosis import Diagnosis, Estimate
     from conmoe.evaluate import Fidelity, Measured
     from conmoe.report.gather import Run
+    from conmoe.slicing import Slicing
 
 
 def fidelity_table(title: str, rows: Sequence[tuple[str, str, Fidelity]]) -> Group:
@@ -115,6 +116,19 @@ def planned_table(found: Diagnosis) -> Group:
         note += " The plan was made behind the compressed layers before each; here each has the source's own inputs."
     missing = [Text(f"Layer {each.layers[0]}: {each.untold}.", style="dim") for each in found.planned if each.untold]
     return Group(Text(title, style="italic"), table, Text(note, style="dim"), *missing)
+
+
+def slicing_table(found: Slicing) -> Group:
+    """What each layer loses without its map, as it is and at best."""
+    table = _narrow("layer", "redirected", "with map", "without", "at best", "rows")
+    for loss in found.layers:
+        numbers = [with_error(each.value, each.stderr or 0.0) for each in (loss.mapped, loss.dropped, loss.sliced)]
+        table.add_row(str(loss.layer), str(loss.redirected), *numbers, loss.rows)
+    note = (
+        "Share of the energy of a layer's routed output that is lost, on held-out tokens, ± one standard error: by the "
+        f"plan with its map; without; with the rows of the last column and refinement {found.refine}."
+    )
+    return Group(table, Text(note, style="dim"))
 
 
 def _narrow(first: str, *headings: str) -> Table:

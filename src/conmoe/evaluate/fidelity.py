@@ -8,9 +8,9 @@ Numbers are means over tokens; their standard errors are over sequences, the ind
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,17 @@ class Fidelity:
     top1_agreement: Measured | None = None
     source_parameters: int | None = None
     source_bytes: int | None = None
+    domains: Mapping[str, Fidelity] = field(default_factory=dict)  # the same of each named part of the text
 
     def as_json(self) -> dict[str, Any]:
-        """Plain numbers; a standard error that cannot be known is null."""
+        """Plain numbers, without those of domains; a standard error that cannot be known is null."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, Measured):
                 return {"value": value.value, "stderr": None if math.isnan(value.stderr) else value.stderr}
             return value
 
-        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {name: plain(getattr(self, name)) for name in self.__dataclass_fields__ if name != "domains"}
 
 
 def evaluate(
@@ -73,6 +74,7 @@ def evaluate(
     data: TokenData,
     *,
     against: Path | None = None,
+    domains: Sequence[str] = (),
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -85,6 +87,8 @@ def evaluate(
         model: a checkpoint, compressed or not.
         data: token sequences that were not used for calibration.
         against: the source checkpoint to compare with.
+        domains: a name for each source of ``data``, whose sequences must follow one another (not shuffled): numbers of
+            each domain, beside those of all text.
         device: where to compute.
         dtype: in which to compute; by default each checkpoint's own.
         trust_remote_code: run modelling code that comes with a checkpoint.
@@ -99,7 +103,7 @@ def evaluate(
     check_vocabularies(sources, data)
     with ExitStack() as stack:
         passed = stack.enter_context(run_through(sources[1], data, device, advance)) if against else None
-        return measure(sources[0], data, passed, device=device, advance=advance, watch=watch)
+        return measure(sources[0], data, passed, domains=domains, device=device, advance=advance, watch=watch)
 
 
 @contextmanager
@@ -118,6 +122,7 @@ def measure(
     data: TokenData,
     against: Stream | None,
     *,
+    domains: Sequence[str] = (),
     device: str = "cpu",
     advance: Callable[[int], None] = lambda tokens: None,
     watch: Watch | None = None,
@@ -127,7 +132,13 @@ def measure(
     with run_through(model, data, device, advance) as stream:
         streams = [stream] if against is None else [stream, against]
         rows = ranks.gather_rows(_score(streams, stream.ids_NS, watch))
-    return _summary(torch.cat(rows) if rows else torch.zeros(0, 4), data, [each.source for each in streams])
+    everything, sources = torch.cat(rows) if rows else torch.zeros(0, 4), [each.source for each in streams]
+    found, start = _summary(everything, data.ids_NS.shape[1], sources), 0
+    parts = {}
+    for name, part in zip(domains, data.sources, strict=bool(domains)):
+        parts[name] = _summary(everything[start : start + part.sequences], data.ids_NS.shape[1], sources)
+        start += part.sequences
+    return replace(found, domains=parts)
 
 
 def check_vocabularies(sources: list[Source], data: TokenData) -> None:
@@ -179,13 +190,13 @@ def compare(model_SV: Tensor, source_SV: Tensor) -> tuple[Tensor, Tensor, Tensor
     return terms_SV.sum(dim=-1, dtype=torch.float64), source_SV.argmax(-1), model_SV.argmax(-1)
 
 
-def _summary(rows: Tensor, data: TokenData, sources: list[Source]) -> Fidelity:
+def _summary(rows: Tensor, seq_len: int, sources: list[Source]) -> Fidelity:
     loss, source_loss, kl, agreement = (rows[:, column] for column in range(4))
     mean = _measured(loss)
     sizes = [_size(source) for source in sources]
     fidelity: dict[str, Any] = {
-        "tokens": data.tokens,
-        "sequences": data.ids_NS.shape[0],
+        "tokens": len(rows) * seq_len,
+        "sequences": len(rows),
         "loss": mean,
         "perplexity": Measured(math.exp(mean.value), math.exp(mean.value) * mean.stderr),
         "parameters": sizes[0][0],
@@ -211,9 +222,6 @@ def _measured(values: Tensor) -> Measured:
 
 def _size(source: Source) -> tuple[int, int]:
     """Parameters and bytes on disk; maps, gains and the like count as bytes, not as parameters."""
-    parameters = bytes_ = 0
-    for entry in source.entries.values():
-        bytes_ += entry.nbytes
-        if not entry.name.endswith(_TABLES):
-            parameters += math.prod(entry.shape)
-    return parameters, bytes_
+    counted = (entry for entry in source.tensors if not entry.name.endswith(_TABLES))
+    bytes_ = sum(entry.nbytes for entry in source.entries.values())
+    return sum(math.prod(entry.shape) for entry in counted), bytes_

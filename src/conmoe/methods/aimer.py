@@ -27,13 +27,4 @@ def aimer(statistics: LayerStatistics, experts: Experts, keep: int) -> LayerPlan
 def _flatness(experts: Experts) -> Tensor:
     """``a_E``, in float64; an expert that is all zeros is as flat as can be."""
     matrices = experts.gate_EID, experts.up_EID, experts.down_EDI
-    size = sum(matrix[0].numel() for matrix in matrices)
-    absolute_E = torch.stack([_sums(matrix, order=1) for matrix in matrices]).sum(dim=0)
-    square_E = torch.stack([_sums(matrix, order=2) for matrix in matrices]).sum(dim=0)
-    return torch.where(square_E > 0, absolute_E / (size * square_E).sqrt(), 1.0)
-
-
-def _sums(matrix_Eab: Tensor, order: int) -> Tensor:
-    """``sum of |w|^order`` of each expert, without a float64 copy of the weights."""
-    norms = [torch.linalg.vector_norm(matrix_ab, ord=order, dtype=torch.float64) for matrix_ab in matrix_Eab]
-    return torch.stack(norms).cpu() ** order
+    return torch.stack([scores.flatness([matrix[e] for matrix in matrices]) for e in range(len(matrices[0]))]).cpu()

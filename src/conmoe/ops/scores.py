@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -49,6 +49,17 @@ def prune_lowest(score_E: Tensor, statistics: LayerStatistics, keep: int) -> Lay
     owner_E = statistics.owner_E
     kept_K = top(share_within(score_E, owner_E), keep, owner_E, own_by_default(statistics, keep))
     return replace(plans.prune(kept_K, score_E.numel()), scores={"score": score_E})
+
+
+def flatness(matrices_ab: Sequence[Tensor]) -> Tensor:
+    """``mean |w| / rms(w)`` over all weights of one expert (AIMER, arXiv 2603.18492), in float64; 1 if all are zero."""
+    size = sum(matrix_ab.numel() for matrix_ab in matrices_ab)
+    absolute, square = (
+        torch.stack([torch.linalg.vector_norm(w_ab, ord=order, dtype=torch.float64) for w_ab in matrices_ab]) ** order
+        for order in (1, 2)
+    )
+    total = absolute.sum()
+    return torch.where(total > 0, total / (size * square.sum()).sqrt(), 1.0)
 
 
 def minmax(value_E: Tensor) -> Tensor:

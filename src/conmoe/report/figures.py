@@ -11,7 +11,7 @@ from conmoe.report import plots
 from conmoe.report.gather import Findings, Run
 from conmoe.types import UsageError
 
-KEPT, REDIRECTED, DROPPED, CONSTANT = "#1f5fae", "#8fb4dd", "#c9ccd1", "#c48a2c"
+KEPT, REDIRECTED, DROPPED, CONSTANT = "#174a8b", "#5f93cf", "#8b929c", "#b0761a"
 COLOURS = {"kept": KEPT, "redirected": REDIRECTED, "dropped": DROPPED, "constant": CONSTANT}
 
 
@@ -64,6 +64,8 @@ def _quality(axes: Any, found: Findings) -> None:
         lw=1,
     )
     axes.set(xlabel="size, % of the source", ylabel="KL, nats per token", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.grid(alpha=0.3)
 
 
@@ -73,6 +75,7 @@ def _errors(axes: Any, portrait: Portrait) -> None:
     axes.bar(places, [len(scope.made_of) for scope in portrait.scopes], color=DROPPED, width=0.7)
     axes.set_xticks(list(places), [",".join(map(str, scope.layers)) for scope in portrait.scopes], fontsize=7)
     axes.set(xlabel="layer", ylabel="experts kept")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     beside = axes.twinx()
     planned = [(x, scope.planned) for x, scope in enumerate(portrait.scopes)]
     known = [(x, each.sample) for x, each in planned if each.sample]
@@ -85,7 +88,7 @@ def _errors(axes: Any, portrait: Portrait) -> None:
     if told:
         beside.plot([x for x, _ in told], [value for _, value in told], "x", color=CONSTANT, label="predicted")
     if known or told:
-        beside.legend(fontsize=8, frameon=False)
+        beside.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     beside.set_ylabel("share of output lost")
     beside.set_ylim(bottom=0)
 
@@ -100,8 +103,9 @@ def _maps(figure_of: Any, save: Any, number: str, run: Run) -> None:
         if scope.similarity:
             figure = figure_of(figsize=(3.0, 3.0))
             axes = figure.subplots()
-            axes.imshow(scope.similarity, cmap="Blues", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[], xlabel=f"experts of layer {name}, by prototype")
+            low, high = plots.similarity_range(scope)
+            axes.imshow(scope.similarity, cmap="Blues", vmin=low, vmax=high)
+            axes.set(xticks=[], yticks=[], xlabel=f"experts of layer {name}; cosine {low:.2f} to {high:.2f}")
             save(figure, f"{number}-similarity-{name}")
 
 

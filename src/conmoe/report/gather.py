@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,7 +16,7 @@ from pydantic import ValidationError
 from conmoe.diagnosis import Diagnosis
 from conmoe.portrait import REPORT_JSON, Portrait, load_portrait
 from conmoe.report.bench import facts as bench_facts
-from conmoe.results import BENCH_JSON, Bench, load_bench
+from conmoe.results import BENCH_JSON, Bench, Number, Row, load_bench
 from conmoe.types import ConmoeError, UsageError
 
 #: Where a result keeps what was measured, and a demo all of its results.
@@ -59,11 +62,23 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskRow:
+    """A metric of a benchmark task: of the result, of the source, and the paired difference."""
+
+    task: str
+    metric: str
+    result: Figure
+    source: Figure | None
+    difference: Figure | None
+    documents: str
+
+
+@dataclass(frozen=True, slots=True)
 class Findings:
     """Everything that was given, in its order."""
 
     runs: tuple[Run, ...]
-    benches: tuple[tuple[str, str], ...] = ()  # name and facts, in Markdown
+    benches: tuple[tuple[str, tuple[str, ...]], ...] = ()  # name and facts
     diagnoses: tuple[Diagnosis, ...] = ()
 
 
@@ -79,26 +94,52 @@ def gather(paths: Sequence[Path]) -> Findings:
         ConmoeError: a file is damaged.
     """
     runs: list[Run] = []
-    benches, diagnoses, evaluations = [], [], []
-    for path in paths:
+    benches: list[tuple[str, tuple[str, ...]]] = []
+    diagnoses: list[Diagnosis] = []
+    evaluations: list[tuple[Path, dict[str, Any]]] = []
+    for path in map(_folder, paths):
         record = _record(path)
-        if "calibrations" in record:
-            bench = load_bench(path)
-            runs += bench_runs(bench)
-            benches.append((bench.model, bench_facts(bench)))
-        elif "methods" in record:
-            runs += _demo_runs(path, record)
-        elif "uses" in record:
-            diagnoses.append(_diagnosis(path, record))
-        elif path.is_dir():
-            runs.append(_result(path, record))
-        elif "loss" in record:
-            evaluations.append((path, record))
-        else:
-            raise UsageError(f"{path} is not a result, a bench, an evaluation or a diagnosis of conmoe.")
+        with _damaged(path):
+            if "calibrations" in record:
+                bench = load_bench(path)
+                runs += bench_runs(bench)
+                benches.append((bench.model, _plain(bench_facts(bench))))
+            elif "methods" in record:
+                runs += _demo_runs(path, record)
+            elif "uses" in record:
+                diagnoses.append(Diagnosis.model_validate(record))
+            elif path.is_dir():
+                runs.append(_result(path, record))
+            elif "loss" in record:
+                evaluations.append((path, record))
+            else:
+                raise UsageError(f"{path} is not a result, a bench, an evaluation or a diagnosis of conmoe.")
     for path, record in evaluations:
-        runs = _with_evaluation(runs, path, record)
+        with _damaged(path):
+            runs = _with_evaluation(runs, record)
     return Findings(tuple(runs), tuple(benches), tuple(diagnoses))
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Whatever is not as it should be in a file of somebody's becomes one sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        raise ConmoeError(f"{path} is damaged or of another version: {what}.") from error
+
+
+def _folder(path: Path) -> Path:
+    """The folder of a result, where its record or the folder of that was named."""
+    if path.is_file() and path.name == RESULT.name and path.parent.name == RESULT.parent.name:
+        return path.parent.parent
+    return path.parent if path.is_dir() and path.name == RESULT.parent.name and (path / RESULT.name).is_file() else path
+
+
+def _plain(markdown: str) -> tuple[str, ...]:
+    """The lines of a list in Markdown, as plain text."""
+    return tuple(line.removeprefix("- ").replace("`", "") for line in markdown.splitlines())
 
 
 def bench_runs(bench: Bench) -> list[Run]:
@@ -106,9 +147,10 @@ def bench_runs(bench: Bench) -> list[Run]:
     found = []
     for row in bench.rows:
         domains = {
-            name: {key: Figure(each.value, each.stderr) for key, each in numbers.items() if key in MEASURED}
+            name: {key: Figure(each.value, _error(each)) for key, each in numbers.items() if key in MEASURED}
             for name, numbers in row.domains.items()
         }
+        keys = [domain.fingerprint for domain in bench.evaluation.values()]
         run = Run(
             name=row.name,
             form=f"{row.form}, approximate" if row.approximate else row.form or "",
@@ -117,7 +159,7 @@ def bench_runs(bench: Bench) -> list[Run]:
             group=row.group or "",
             bytes=row.bytes,
             source_bytes=bench.source_bytes,
-            numbers=_mean(list(domains.values())),
+            numbers={name: _over_domains(row, keys, name) for name in MEASURED} if row.runs and not row.error else {},
             domains=domains,
             error=row.error or "",
         )
@@ -125,17 +167,20 @@ def bench_runs(bench: Bench) -> list[Run]:
     return found
 
 
-def _mean(domains: Sequence[Mapping[str, Figure]]) -> dict[str, Figure]:
-    """Over domains, which are different texts: errors add up as those of independent numbers."""
-    if not domains:
-        return {}
-    found = {}
-    for name in (name for name in MEASURED if all(name in each for each in domains)):
-        errors = [each[name].stderr for each in domains]
-        known = [error for error in errors if error is not None]
-        stderr = sum(error**2 for error in known) ** 0.5 / len(domains) if len(known) == len(errors) else None
-        found[name] = Figure(sum(each[name].value for each in domains) / len(domains), stderr)
-    return found
+def _error(number: Number) -> float | None:
+    """Over calibration seeds; over sequences where all seeds gave the same, as for methods that read weights alone."""
+    return number.stderr or number.stderr_sequences
+
+
+def _over_domains(row: Row, keys: Sequence[str], name: str) -> Figure:
+    """The mean over domains of each seed, then over seeds: the domains of one seed share its plan."""
+    means = [fmean(run.domains[key].numbers[name][0] for key in keys) for run in row.runs]
+    if len(set(means)) > 1:
+        return Figure(fmean(means), stdev(means) / len(means) ** 0.5)
+    errors = [run.domains[key].numbers[name][1] for run in row.runs[:1] for key in keys]
+    known = [error for error in errors if error is not None]
+    within = sum(error**2 for error in known) ** 0.5 / len(errors) if known and len(known) == len(errors) else None
+    return Figure(fmean(means), within)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -147,7 +192,7 @@ def _record(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} holds no results of conmoe; give the folder of a compress, a bench or a demo.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConmoeError(f"{file} is damaged: {error}.") from error
     if not isinstance(found, dict):
         raise UsageError(f"{file} is not a result, a bench, an evaluation or a diagnosis of conmoe.")
@@ -155,26 +200,33 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _result(folder: Path, record: Mapping[str, Any]) -> Run:
-    try:
-        calibration, fidelity = record["calibration"], record.get("fidelity")
-        return Run(
-            name=folder.name,
-            form=f"{record['form']}, approximate" if record["approximate"] else record["form"],
-            method=record["method"],
-            keep=str(record["keep"]),
-            bytes=record["bytes"],
-            source_bytes=record["source_bytes"],
-            numbers=_figures(fidelity or {}),
-            facts=_facts(record, calibration, fidelity),
-            warnings=tuple(str(each["text"]) for each in record.get("warnings", ())),
-            portrait=load_portrait(folder / RESULT.parent / REPORT_JSON),
-            folder=folder.resolve(),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConmoeError(f"{folder / RESULT} is damaged or of another version ({error!r}).") from error
+    tuned, fidelity = _tuned(folder), record.get("fidelity")
+    fidelity = tuned["after"] if tuned else fidelity
+    return Run(
+        name=folder.name,
+        form=f"{record['form']}, approximate" if record["approximate"] else record["form"],
+        method=record["method"],
+        keep=str(record["keep"]),
+        bytes=float(record["bytes"]),
+        source_bytes=float(record["source_bytes"]),
+        numbers=_figures(fidelity or {}),
+        facts=_facts(record, record["calibration"], fidelity, tuned),
+        warnings=tuple(str(each["text"]) for each in record.get("warnings", ())),
+        portrait=load_portrait(folder / RESULT.parent / REPORT_JSON),
+        folder=folder.resolve(),
+    )
 
 
-def _facts(record: Mapping[str, Any], calibration: Mapping[str, Any], fidelity: Any) -> tuple[tuple[str, str], ...]:
+def _tuned(folder: Path) -> dict[str, Any] | None:
+    """What a tuning says of itself, if there was one: what the compression measured is not the result's then."""
+    file = folder / RESULT.parent / "tuning.json"
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def _facts(
+    record: Mapping[str, Any], calibration: Mapping[str, Any], fidelity: Any, tuned: Any
+) -> tuple[tuple[str, str], ...]:
     def options(name: str) -> str:
         return ", ".join(f"{key}={value}" for key, value in (record.get(name) or {}).items())
 
@@ -195,7 +247,10 @@ def _facts(record: Mapping[str, Any], calibration: Mapping[str, Any], fidelity: 
         ("measured on", "; ".join(record.get("held_out", ())) if fidelity else "nothing"),
         ("held-out tokens", f"{fidelity['tokens']:,} in {fidelity['sequences']:,} sequences" if fidelity else "0"),
         ("versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())),
+        ("tuned", f"{tuned['mode']}, {tuned['steps']:,} steps" if tuned else ""),
+        ("device", record.get("device", "")),
         ("source fingerprint", calibration["model"]),
+        ("statistics fingerprint", record.get("statistics", "")),
         ("text fingerprint", calibration["data_fingerprint"]),
     ]
     return tuple((name, str(value)) for name, value in rows if value)
@@ -220,41 +275,48 @@ def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
     return found
 
 
-def _diagnosis(path: Path, record: Mapping[str, Any]) -> Diagnosis:
-    try:
-        return Diagnosis.model_validate(record)
-    except ValidationError as error:
-        raise ConmoeError(f"{path} is damaged or of another version: {error.errors()[0]['msg']}.") from error
-
-
-def _with_evaluation(runs: Sequence[Run], path: Path, record: Mapping[str, Any]) -> list[Run]:
+def _with_evaluation(runs: Sequence[Run], record: Mapping[str, Any]) -> list[Run]:
     """Runs with what an evaluation adds to the result that it measured, or with one more."""
-    try:
-        parts = {name: record[name] for name in PARTS[1:] if record.get(name)}
-        domains = {name: _figures(each) for name, each in (record.get("domains") or {}).items()}
-        folder = Path(record["model"]).resolve()
-        known = next((run for run in runs if run.folder == folder), None)
-        if known is not None:
-            changed = replace(known, parts={**known.parts, **parts}, domains={**known.domains, **domains})
-            return [changed if run is known else run for run in runs]
-        alone = Run(
-            name=Path(record["model"]).name,
-            bytes=record["bytes"],
-            source_bytes=record.get("source_bytes"),
-            numbers=_figures(record),
-            domains=domains,
-            parts=parts,
-            facts=(
-                ("measured on", "; ".join(record["data"])),
-                ("compared with", str(record.get("against") or "nothing")),
-            ),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConmoeError(f"{path} is damaged or of another version ({error!r}).") from error
+    parts = {name: record[name] for name in PARTS[2:] if record.get(name)}
+    if record.get("tasks"):
+        parts = {"tasks": _tasks(record["tasks"]), **parts}
+    domains = {name: _figures(each) for name, each in (record.get("domains") or {}).items()}
+    folder = Path(record["model"]).resolve()
+    known = next((run for run in runs if run.folder == folder), None)
+    if known is not None:
+        changed = replace(known, parts={**known.parts, **parts}, domains={**known.domains, **domains})
+        return [changed if run is known else run for run in runs]
+    alone = Run(
+        name=Path(record["model"]).name,
+        bytes=float(record["bytes"]),
+        source_bytes=record.get("source_bytes"),
+        numbers=_figures(record),
+        domains=domains,
+        parts=parts,
+        facts=(("measured on", "; ".join(record["data"])), ("compared with", str(record.get("against") or "nothing"))),
+    )
     return [*runs, alone]
 
 
+def _tasks(tasks: Mapping[str, Any]) -> tuple[TaskRow, ...]:
+    """Every metric of every task that has a number."""
+    return tuple(
+        TaskRow(
+            task, metric, figure, _figure(each.get("source")), _figure(each.get("difference")), str(each.get("n", ""))
+        )
+        for task, metrics in tasks.items()
+        for metric, each in metrics.items()
+        if isinstance(each, dict) and (figure := _figure(each)) is not None
+    )
+
+
+def _figure(record: Any) -> Figure | None:
+    """A mean as it is written; None for anything that is no number."""
+    value, stderr = (record.get("value"), record.get("stderr")) if isinstance(record, dict) else (None, None)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return Figure(float(value), float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None)
+
+
 def _figures(record: Mapping[str, Any]) -> dict[str, Figure]:
-    return {
-        name: Figure(float(record[name]["value"]), record[name].get("stderr")) for name in MEASURED if record.get(name)
-    }
+    return {name: figure for name in MEASURED if (figure := _figure(record.get(name))) is not None}

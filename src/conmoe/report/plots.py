@@ -13,7 +13,7 @@ from conmoe.portrait import LayerPortrait
 from conmoe.report.gather import Run
 
 WIDTH, HEIGHT = 720, 380
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 16, 44
+LEFT, RIGHT, TOP, BOTTOM = 62, 34, 16, 54
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +87,9 @@ def scatter(runs: Sequence[Run]) -> Scatter | None:
 
 
 def _linear(low: float, high: float, place: Callable[[float], float]) -> tuple[tuple[float, str], ...]:
-    step = next(step for step in (1, 2, 5, 10, 20) if (high - low) / step <= 8)
+    step = next((step for step in (1, 2, 5, 10, 20, 50, 100) if (high - low) / step <= 8), 1000)
     first = math.ceil(low / step)
-    return tuple((place(step * n), f"{step * n} %") for n in range(first, math.floor(high / step) + 1))
+    return tuple((place(step * n), f"{step * n}%") for n in range(first, math.floor(high / step) + 1))
 
 
 def _logarithmic(low: float, high: float, place: Callable[[float], float]) -> tuple[tuple[float, str], ...]:
@@ -108,6 +108,7 @@ class Bar:
 
     height: float
     fate: str
+    contribution: float  # to the output of the layer, of the expert that contributes most
     label: str
 
 
@@ -125,11 +126,13 @@ class Map:
 
 def expert_map(scope: LayerPortrait) -> Map:
     """Who answers for whom, and how often each expert was chosen in calibration."""
-    most = max(scope.tokens, default=0) or 1
+    most, largest = max(scope.tokens, default=0) or 1, max(scope.contribution, default=0.0) or 1.0
     K, total = len(scope.made_of), sum(scope.tokens) or 1
     bars, lines, counts = [], [], {"kept": 0, "redirected": 0, "dropped": 0, "constant": 0}
     for expert, (prototype, tokens) in enumerate(zip(scope.assignment, scope.tokens, strict=True)):
-        if prototype < 0:
+        if scope.condensed and expert in scope.made_of:
+            fate, to = "kept", "always on"
+        elif prototype < 0:
             fate, to = "dropped", "dropped"
         elif prototype >= K:
             fate, to = "constant", "answered for by a constant"
@@ -140,23 +143,56 @@ def expert_map(scope: LayerPortrait) -> Map:
             lines.append((expert, scope.made_of[prototype]))
         counts[fate] += 1
         share = f"{tokens / total:.1%} of choices, {scope.contribution[expert]:.1%} of the output"
-        bars.append(Bar(tokens / most, fate, f"expert {expert}: {to}; {share}"))
+        bars.append(Bar(tokens / most, fate, scope.contribution[expert] / largest, f"expert {expert}: {to}; {share}"))
     return Map(tuple(bars), tuple(lines), **counts)
 
 
-def similarity_picture(scope: LayerPortrait) -> str:
-    """The matrix as a PNG in a data address: white at a cosine of 0 and below, dark at 1; one pixel for each pair."""
-    rows = [[round(255 * (1 - max(0.0, min(1.0, value)))) for value in row] for row in scope.similarity]
-    # a palette from paper to ink, so that both themes can show it
-    palette = b"".join(
-        bytes(round(ink + (paper - ink) * level / 255) for ink, paper in ((23, 250), (64, 250), (112, 248)))
-        for level in range(256)
+@dataclass(frozen=True, slots=True)
+class LayerPlace:
+    """A scope in the plot of all: shares of the height, None where nothing is known."""
+
+    label: str
+    kept: float
+    predicted: float | None
+    measured: float | None
+
+
+def layers_plot(scopes: Sequence[LayerPortrait]) -> tuple[tuple[LayerPlace, ...], float]:
+    """Experts kept, and the share of the output that is lost, of every scope; and the share at the top."""
+    told = [(scope.planned.predicted, scope.planned.sample) for scope in scopes]
+    known = [predicted for predicted, _ in told if predicted is not None]
+    known += [sample.value for _, sample in told if sample is not None]
+    top = max(known, default=0.0) or 1.0
+    places = tuple(
+        LayerPlace(
+            ",".join(map(str, scope.layers)),
+            len(scope.made_of) / (len(scope.assignment) or 1),
+            None if predicted is None else predicted / top,
+            None if sample is None else sample.value / top,
+        )
+        for scope, (predicted, sample) in zip(scopes, told, strict=True)
     )
+    return places, top
+
+
+def similarity_range(scope: LayerPortrait) -> tuple[float, float]:
+    """The smallest and the largest cosine of two different experts: the ends of the picture's scale."""
+    rows = scope.similarity
+    values = [value for i, row in enumerate(rows) for j, value in enumerate(row) if i != j]
+    return min(values, default=0.0), max(values, default=1.0)
+
+
+def similarity_picture(scope: LayerPortrait) -> str:
+    """The matrix as a PNG in a data address: clear at the smallest cosine of two experts, dark at the largest."""
+    low, high = similarity_range(scope)
+    width = high - low or 1.0
+    rows = [[round(255 * max(0.0, min(1.0, (value - low) / width))) for value in row] for row in scope.similarity]
     size = len(rows)
     raw = b"".join(b"\0" + bytes(row) for row in rows)
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette),
+        (b"PLTE", bytes((23, 74, 139)) * 256),
+        (b"tRNS", bytes(range(256))),  # one ink, more or less of it, on whatever the page is
         (b"IDAT", zlib.compress(raw, 9)),
         (b"IEND", b""),
     )

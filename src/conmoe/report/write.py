@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -20,14 +21,16 @@ from conmoe.report.numbers import size, with_error
 from conmoe.types import UsageError
 
 REPORT_HTML = "report.html"
+#: What may become of an expert, in words.
+FATES = {"kept": "kept", "redirected": "answered for by another", "dropped": "dropped", "constant": "a constant"}
 _MISSING = 'The report needs jinja2; pip install "conmoe[report]" brings it.'
 
-#: The verdict: the first line whose share of agreeing tokens is reached.
+#: The verdict: the first line whose share of agreeing tokens is reached, less one standard error.
 VERDICTS = (
-    (0.95, "hardly to be told from the source"),
-    (0.85, "close to the source"),
-    (0.70, "a visibly different model, whose tasks should be measured before it is used"),
-    (0.0, "far from the source: keep more experts, calibrate on text of its users, or tune it"),
+    (0.95, "On this text it says almost always what the source says."),
+    (0.85, "Close to the source on this text."),
+    (0.70, "A visibly different model: measure its tasks before it is used."),
+    (-math.inf, "Far from the source: keep more experts, calibrate on text of its users, or tune it."),
 )
 
 
@@ -51,8 +54,8 @@ def write_report(results: Sequence[Path], out: Path, *, title: str = "", figures
         raise UsageError("Name the results to report on: folders of compress, bench or demo, or JSON files.")
     if not available():
         raise UsageError(_MISSING)
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; name the file to write, such as {out / REPORT_HTML}.")
+    if out.is_dir() or out.suffix != ".html":
+        raise UsageError(f"{out} is no name for a page; name the file to write, such as {out.with_name(REPORT_HTML)}.")
     found = gather(results)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page(found, title or (found.runs[0].name if len(found.runs) == 1 else "Compressed models")))
@@ -96,12 +99,14 @@ def page(found: Findings, title: str) -> str:
         title=title,
         found=found,
         runs=list(enumerate(found.runs, start=1)),
+        fates=[fate for fate in FATES if any(fate in _fates(run) for run in found.runs)],
+        fate_words=FATES,
         drawn=[(index, run) for index, run in enumerate(found.runs, start=1) if run.portrait],
         told=[(index, run) for index, run in enumerate(found.runs, start=1) if run.facts],
         domains=list(dict.fromkeys(name for run in found.runs for name in run.domains)),
         head=headline(found.runs),
         verdict=verdict,
-        scatter=plots.scatter(found.runs),
+        scatter=plots.scatter(found.runs) if len(found.runs) > 1 else None,
         expert_map=plots.expert_map,
         picture=plots.similarity_picture,
         plots=plots,
@@ -120,13 +125,14 @@ def headline(runs: Sequence[Run]) -> Run | None:
 
 
 def verdict(run: Run) -> str:
-    """One sentence, by the share of tokens for which the most likely token stays the same (``VERDICTS``)."""
+    """Two sentences, by the share of tokens for which the most likely token stays the same (``VERDICTS``)."""
     size_now = f"At {run.share:.0%} of the source's size" if run.share else "It"
     agreement = run.numbers.get("top1_agreement")
     if agreement is None:
         return f"{size_now}: how close it is to the source was not measured."
-    words = next(words for least, words in VERDICTS if agreement.value >= least)
-    return f"{size_now}, it prefers the source's next token {agreement.value:.0%} of the time: {words}."
+    sure = agreement.value - (agreement.stderr or 0.0)
+    words = next(words for least, words in VERDICTS if not sure < least)
+    return f"{size_now}, it prefers the source's next token {agreement.value:.0%} of the time. {words}"
 
 
 def number(figure: Figure | None, percent: bool = False) -> str:
@@ -144,7 +150,13 @@ def _breakable(name: str) -> object:
 def _visible(text: str) -> str:
     """Text of a table's cell: ends of lines as a sign, blanks one at a time, what cannot be seen left out."""
     lines = re.sub(r"\r?\n", " \N{DOWNWARDS ARROW WITH CORNER LEFTWARDS} ", text)
-    return "".join(sign for sign in re.sub(r"[ \t]+", " ", lines) if sign.isprintable())
+    shown = "".join(sign for sign in re.sub(r"[ \t]+", " ", lines) if sign.isprintable())
+    return shown if shown.strip() else repr(text)
+
+
+def _fates(run: Run) -> set[str]:
+    scopes = run.portrait.scopes if run.portrait else ()
+    return {bar.fate for scope in scopes for bar in plots.expert_map(scope).bars}
 
 
 def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:

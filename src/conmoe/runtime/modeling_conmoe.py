@@ -101,6 +101,8 @@ class ConsolidatedModel(PreTrainedModel):
             owner, size = pools.get(str(layer), (layer, prototypes))
             departure = departures.get(str(layer), {})
             block = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(router, nn.Linear) and self.config._attn_implementation == "vllm":
+                raise ValueError("vLLM cannot serve a router that is a linear layer: write the sliced form instead.")
             if "static" in departure:
                 _condense(block, experts, router, logical, departure["static"])
                 continue
@@ -187,8 +189,8 @@ def _refuse_unfit_engine(config: PretrainedConfig) -> None:
         raise ValueError("vLLM cannot serve layers that share their experts: write the expanded form instead.")
     if getattr(config, "consolidated_layers", None):
         raise ValueError(
-            "vLLM cannot serve layers that are condensed, skip experts, answer with constants or lost router rows: "
-            "use Transformers, or a uniform plan in the sliced form."
+            "vLLM cannot serve layers that are condensed, skip experts, answer with constants, lost router rows or "
+            "hold factors: use Transformers, or a uniform plan in the sliced form."
         )
 
 

@@ -75,7 +75,9 @@ def copy_rest(model: Path, folder: Path, out: Path) -> None:
 
 def _of_old_weights(folder: str, names: list[str]) -> list[str]:
     """What was measured of the checkpoint before it was tuned, and the list of its files."""
-    return [name for name in names if Path(folder).name == PLAN_FOLDER and name in (MANIFEST_NAME, EVALUATIONS_NAME)]
+    if Path(folder).name != PLAN_FOLDER:
+        return []
+    return [name for name in names if name in (MANIFEST_NAME, EVALUATIONS_NAME) or name.startswith("report.")]
 
 
 def finish(model: Path, folder: Path, out: Path, plan: Plan) -> None:

@@ -97,6 +97,8 @@ def tune(
     refuse_several("tune")
     check_options(options, data, held_out, against)
     source = open_source(model, trust_remote_code=options.trust_remote_code)
+    if source.scheme:
+        raise UsageError(f"{model} is stored as {source.scheme.name}, and only full precision can be trained.")
     plan = with_factors(source, _read_plan(model))
     teacher = open_source(against, trust_remote_code=options.trust_remote_code) if against else None
     for text in filter(None, (data, held_out)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -117,21 +116,10 @@ def bench(
 
 
 def read_domains(specs: list[str]) -> dict[str, str | None]:
-    """Domain -> its text, from ``NAME=SPEC`` or ``SPEC``, which is named after its file."""
-    from conmoe.data import parse_spec
+    """Domain -> its text, None for the built-in one."""
+    from conmoe.cli import read
 
-    if not specs:
-        return {"builtin": None}
-    found: dict[str, str | None] = {}
-    for text in specs:
-        named = re.fullmatch(r"([\w.+-]+)=(.+)", text)
-        name, spec = (named[1], named[2]) if named and not Path(text).is_file() else ("", text)
-        source = parse_spec(spec, "--eval").source
-        name = name or re.sub(r"(\.(txt|jsonl|parquet))?(\.(gz|xz))?$", "", source.split("/")[-1])
-        if name in found:
-            raise conmoe.UsageError(f"--eval has two domains {name!r}; name them: --eval NAME=SPEC.")
-        found[name] = spec
-    return found
+    return {**read.read_domains(specs, "--eval")} or {"builtin": None}
 
 
 def show(made: Bench) -> None:

@@ -16,6 +16,7 @@ from conmoe.cli.arguments import (
     Data,
     Device,
     Dtype,
+    ExpertParallel,
     Fit,
     Force,
     FormName,
@@ -24,6 +25,7 @@ from conmoe.cli.arguments import (
     Layers,
     MethodName,
     Model,
+    Mtp,
     Options,
     Protect,
     RefineOptions,
@@ -31,6 +33,8 @@ from conmoe.cli.arguments import (
     Scope,
     Seed,
     SeqLen,
+    ServeEngine,
+    TensorParallel,
 )
 from conmoe.cli.console import say
 from conmoe.effort import DEFAULT_EFFORT, settle
@@ -76,6 +80,10 @@ def compress(
     ] = None,
     refine_option: RefineOptions = None,
     form: FormName = None,
+    mtp: Mtp = "auto",
+    serve: ServeEngine = "",
+    tp: TensorParallel = 1,
+    ep: ExpertParallel = 1,
     data: Data = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="How many tokens of text to use. By default, --effort.")
@@ -125,14 +133,25 @@ def compress(
     place of `--keep` whatever fits.
     """
     from conmoe.cli import notes
-    from conmoe.cli.read import read_data, read_device, read_dtype, read_options, read_request, read_specs
+    from conmoe.cli.read import (
+        read_data,
+        read_device,
+        read_dtype,
+        read_mtp,
+        read_options,
+        read_request,
+        read_serve,
+        read_specs,
+    )
     from conmoe.compress import clear_work
+    from conmoe.keeping import low_experts
 
     if private and not push_to:
         raise conmoe.UsageError("--private is about the repository of --push-to; name one.")
     if push_to:  # who cannot push learns it before the work
         conmoe.check_push(push_to)
     folder = conmoe.locate(model)
+    stays = low_experts(folder, trust_remote_code=trust_remote_code) if refine is None else ""
     settings = settle(
         effort,
         method,
@@ -143,7 +162,10 @@ def compress(
         sequential=sequential,
         refine=refine,
         refine_options=read_options("--refine-option", refine_option),
+        refinable=not stays,
     )
+    if stays:
+        say(f"Note: {model} stores its experts as {stays}; they stay as they are, and are not refined (--refine none).")
     request = read_request(
         method,
         keep,
@@ -163,7 +185,8 @@ def compress(
         fit=fit,
     )
     calibration = conmoe.Calibration(settings.sample, seed, request.device, read_dtype(dtype), None, trust_remote_code)
-    conmoe.check(folder, out, request, force=force)
+    for warning in conmoe.check(folder, out, request, force=force, serve=read_serve(serve, tp, ep), mtp=read_mtp(mtp)):
+        say(f"Warning: {warning}")
     read_specs(evaluate_data, "--eval-data")
     text = read_data(folder, data, settings.tokens, seq_len, seed, trust_remote_code)
     held_out = None
@@ -187,6 +210,7 @@ def compress(
         report=not no_report,
         command=console.command(),
         force=force,
+        mtp=read_mtp(mtp),
     )
     if work is None:
         clear_work(kept)
@@ -214,8 +238,7 @@ def _finish(out: Path, result: conmoe.Result, json: bool) -> None:
     notes.protected(result.plan)
     notes.approximate(result.plan, result.applied.form)
     notes.advice(result.warnings)
-    for name in result.applied.dropped[:1]:
-        say(f"Left out {len(result.applied.dropped)} tensors that the model class does not read, such as {name}.")
+    notes.left_out(result.applied)
     if json:
         console.emit(result.as_json())
     elif result.fidelity:
