@@ -520,7 +520,7 @@ def test_what_belongs_to_a_model_comes_with_it(copied, tmp_path):
             == AutoTokenizer.from_pretrained(folder)("hello").input_ids
         )
         card = (out / "README.md").read_text()
-        for line in ("base_model: own-qwen3_moe", "license: other", "license_name: a-licence", "language:\n- en"):
+        for line in ("# own-qwen3\\_moe, ", "license: other", "license_name: a-licence", "language:\n- en"):
             assert line in card
         assert ("**Approximation:**" in card) == (form == "sliced")
         assert json.loads((out / "conmoe" / "plan.json").read_text())["method"] == "conmoe"

@@ -35,6 +35,8 @@ from conmoe.evaluate import (
     read_prompts,
 )
 from conmoe.generate import generate
+from conmoe.hub import Pushed, Upload, check_push, push, push_command
+from conmoe.hub import prepare as prepare_push
 from conmoe.inspect import Inspection, inspect
 from conmoe.locate import locate
 from conmoe.plan import plan
@@ -68,6 +70,7 @@ __all__ = [
     "GenerationOptions",
     "Inspection",
     "Measured",
+    "Pushed",
     "Request",
     "Result",
     "Sliced",
@@ -77,6 +80,7 @@ __all__ = [
     "TokenData",
     "Tuned",
     "Tuning",
+    "Upload",
     "UsageError",
     "__version__",
     "apply",
@@ -85,6 +89,7 @@ __all__ = [
     "calibrate",
     "calibration_documents",
     "check",
+    "check_push",
     "compress",
     "cut_prompts",
     "demo",
@@ -107,6 +112,9 @@ __all__ = [
     "parse_candidates",
     "parse_spec",
     "plan",
+    "prepare_push",
+    "push",
+    "push_command",
     "read_manifest",
     "read_plan",
     "read_prompts",

@@ -30,12 +30,14 @@ from conmoe.artifacts import (
 from conmoe.folding import fold
 from conmoe.forms import check_form, departures, sliced_counts
 from conmoe.lowprec import renumbered_modules
+from conmoe.manifest import SourceRecord, seal
 from conmoe.moe import count_field
 from conmoe.mtp import NO_HEAD, Policy, Settled, settle, stated, without_heads
 from conmoe.outputs import expert_places, forget_prototypes, plan_outputs
 from conmoe.registry import Form
 from conmoe.report.card import model_card
 from conmoe.report.numbers import size
+from conmoe.report.origin import origin
 from conmoe.shards import (
     write_shards,
 )
@@ -122,11 +124,14 @@ def applying(
     refuse_overlap(out, model)
     with building(out, force=force, key=key) as partial_folder:
         check_space(partial_folder, total)
-        write_shards(outputs, partial_folder, SHARD_BYTES, lambda nbytes: advance(nbytes, total))
+        hashes = write_shards(outputs, partial_folder, SHARD_BYTES, lambda nbytes: advance(nbytes, total))
         forget_prototypes()
         _write_rest(source, plan, form, config, partial_folder)
         whole = sum(entry.nbytes for entry in source.entries.values())
         yield Applied(partial_folder, form, total, whole, dropped, heads)
+        come_from = origin(source.folder)
+        made_from = SourceRecord(name=come_from.name, revision=come_from.revision, fingerprint=plan.source)
+        seal(partial_folder, made_from, plan_fingerprint(plan), form, known=hashes)
 
 
 def check_plan(source: Source, plan: Plan) -> None:

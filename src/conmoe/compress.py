@@ -26,7 +26,7 @@ from conmoe.artifacts import (
     write_json,
 )
 from conmoe.calibrate import Calibration, calibrate, describe
-from conmoe.data import TokenData
+from conmoe.data import TokenData, overlap
 from conmoe.diagnosis import Advice
 from conmoe.doctor import first_look
 from conmoe.evaluate import Fidelity, evaluate
@@ -34,6 +34,7 @@ from conmoe.fit import fitted
 from conmoe.folding import check_foldable
 from conmoe.forms import is_approximate
 from conmoe.keeping import check_keeps
+from conmoe.manifest import reseal
 from conmoe.mtp import Policy, settle
 from conmoe.parallel import refuse_several
 from conmoe.plan import plan
@@ -42,6 +43,7 @@ from conmoe.preflight import Serve, case_of_request, look, refuse
 from conmoe.progress import SILENT
 from conmoe.progress import Progress as Progress
 from conmoe.registry import Form
+from conmoe.report.sections import write_card
 from conmoe.report.write import REPORT_HTML, write_default
 from conmoe.request import Request, check_request
 from conmoe.source import check_compressible, open_source
@@ -66,6 +68,7 @@ class Result:
     held_out: tuple[str, ...] = ()  # texts that the fidelity was measured on
     command: str = ""  # what was typed
     device: str = "cpu"
+    overlap: float | None = None  # share of the held-out documents that were calibrated on
 
     def as_json(self) -> dict[str, Any]:
         record = plan_record(self.plan).model_dump(mode="json")
@@ -87,6 +90,7 @@ class Result:
             "predicted_error": {str(scope["layers"][0]): scope["predicted_error"] for scope in record["scopes"]},
             "calibration": self.manifest.model_dump(mode="json", exclude={"documents"}),
             "held_out": list(self.held_out),
+            "overlap": self.overlap,
             "fidelity": self.fidelity.as_json() if self.fidelity else None,
             "warnings": [advice.model_dump(mode="json") for advice in self.warnings],
             "calibration_documents": list(self.manifest.documents),
@@ -198,8 +202,10 @@ def compress(
             texts,
             command,
             calibration.device,
+            overlap(held_out.documents, manifest.documents) if held_out is not None else None,
         )
         write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
+        write_card(applied.folder, out.name)
         if report:
             with progress.stage("report", sum(len(scope.layers) for scope in made.scopes), "layers") as advance:
                 seen = portray(
@@ -207,7 +213,9 @@ def compress(
                 )
             write_atomic(applied.folder / PLAN_FOLDER / REPORT_JSON, seen.model_dump_json() + "\n")
     if report:
-        write_default(out, out / PLAN_FOLDER / REPORT_HTML, out.name, progress)
+        page = out / PLAN_FOLDER / REPORT_HTML
+        write_default(out, page, out.name, progress)
+        reseal(out, [page.relative_to(out).as_posix()] if page.is_file() else [])
     return result
 
 

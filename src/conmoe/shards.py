@@ -7,6 +7,7 @@ header, the data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -181,22 +182,24 @@ def tensor_output(name: str, dtype: str, shape: Sequence[int], make: Callable[[]
 
 def write_shards(
     outputs: Sequence[Output], folder: Path, shard_bytes: int, advance: Callable[[int], None] = lambda nbytes: None
-) -> None:
+) -> dict[str, str]:
     """Write ``outputs`` as a sharded checkpoint; shards already complete from an earlier, killed run are kept.
 
-    A shard gets its name only when all of it is on disk, so a file under its final name is whole.
+    A shard gets its name only when all of it is on disk, so a file under its final name is whole. Returns the SHA-256
+    of the shards that were written, by their names; a shard that was kept is not read for it.
     """
     shards = _partition(outputs, shard_bytes)
     names = [
         SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
     ]
+    digests = {}
     for name, shard in zip(names, shards, strict=True):
         target = folder / name
         if target.exists():
             advance(sum(output.nbytes for output in shard))
         else:
             temporary = target.with_suffix(".tmp")
-            _write_shard(temporary, shard, advance)
+            digests[name] = _write_shard(temporary, shard, advance)
             os.replace(temporary, target)
     if len(shards) > 1:
         index = {
@@ -204,6 +207,7 @@ def write_shards(
             "weight_map": {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return digests
 
 
 def _shard_files(folder: Path) -> list[Path]:
@@ -278,7 +282,7 @@ def _partition(outputs: Sequence[Output], shard_bytes: int) -> list[list[Output]
     return shards
 
 
-def _write_shard(file: Path, outputs: Sequence[Output], advance: Callable[[int], None]) -> None:
+def _write_shard(file: Path, outputs: Sequence[Output], advance: Callable[[int], None]) -> str:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for output in outputs:
@@ -290,16 +294,19 @@ def _write_shard(file: Path, outputs: Sequence[Output], advance: Callable[[int],
         position += output.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(prefix)
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
+        stream.write(prefix)
         for output in outputs:
             written = 0
             for chunk in output.chunks():
                 stream.write(chunk)
+                digest.update(chunk)
                 written += len(chunk)
                 advance(len(chunk))
             if written != output.nbytes:
                 raise ConmoeError(f"{output.name} gave {written} bytes where {output.nbytes} were planned.")
         stream.flush()
         os.fsync(stream.fileno())
+    return digest.hexdigest()

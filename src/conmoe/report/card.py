@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from conmoe.forms import is_approximate, is_condensed
 from conmoe.refine import NONE
 from conmoe.registry import Form, get_method
+from conmoe.report.escape import code, escaped
+from conmoe.report.measured import text_names
+from conmoe.report.origin import Origin, handed_over, origin
+from conmoe.report.sections import UNMEASURED
 from conmoe.types import Plan
 
 _LOADING = {
@@ -20,47 +24,94 @@ _LOADING = {
         "Load it with `trust_remote_code=True` (the modelling file is in this repository), or `import conmoe` first."
     ),
 }
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{remote})
+tokenizer = AutoTokenizer.from_pretrained(name{remote})"""
+#: Of the four relations that the hub knows (adapter, merge, quantized, finetune) the one for whole weights of the same
+#: number format that descend from one model; it has none for pruning.
+RELATION = "finetune"
 
 
 def model_card(source: Path, plan: Plan, form: Form) -> str:
-    """The card as Markdown with metadata; licence and languages are handed over from the source's card."""
-    inherited = _metadata(source)
+    """The card as Markdown with metadata; licence, languages and data sets are handed over from the source's card.
+
+    Nothing is measured yet; :func:`conmoe.report.sections.measured_card` writes that in.
+    """
+    come_from, inherited = origin(source), handed_over(source)
+    known = {"base_model": come_from.hub_name, "base_model_relation": RELATION} if come_from.hub_name else {}
     data = ModelCardData(
-        base_model=_name(source),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["conmoe", "moe", "compression", plan.method],
-        license=inherited.get("license"),
-        license_name=inherited.get("license_name"),
-        license_link=inherited.get("license_link"),
-        language=inherited.get("language"),
+        tags=["conmoe", "moe", "mixture-of-experts", "compression", f"conmoe-{form}", f"method:{plan.method}"],
+        **known,  # type: ignore[arg-type]  # strings, of which the class takes one by name and keeps the other
+        **inherited,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(source, plan, form)}"
+    body = _body(come_from, plan, form) + _licence(source, inherited) + "\n" + UNMEASURED
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
-def _body(source: Path, plan: Plan, form: Form) -> str:
+def _loading(plan: Plan, form: Form) -> list[str]:
+    remote = ", trust_remote_code=True" if form == "shared" else ""
+    lines = ["", "## How to load it", "", "```python", _TRANSFORMERS.format(remote=remote), "```", ""]
+    if form == "shared":
+        lines += [
+            "`trust_remote_code=True` runs the modelling file of this repository. Without it: `pip install conmoe`,",
+            "and `import conmoe` before loading, which teaches Transformers the same classes. vLLM serves it through",
+            "its Transformers backend with `--trust-remote-code`, or with conmoe installed beside it.",
+        ]
+    else:
+        lines += [
+            "No code of this repository is needed, and neither is conmoe: Transformers and vLLM read it as they read",
+            "the source's family. Others that do should, and were not tried on this model.",
+        ]
+    if any(scope.plan.skip for scope in plan.scopes):
+        lines += ["The plan skips experts at run time, which only `shared` checkpoints do."]
+    return lines
+
+
+def _licence(source: Path, inherited: Mapping[str, Any]) -> str:
+    files = sorted(
+        file.name for file in source.iterdir() if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+    )
+    named = inherited.get("license_name") or inherited.get("license")
+    name = ", ".join(map(str, named)) if isinstance(named, list) else named
+    said = f"The source's: {escaped(name)}." if name else "The source's card names no licence."
+    here = (
+        f" Its files are in this repository: {', '.join(map(code, files))}."
+        if files
+        else " No licence file came with it."
+    )
+    return f"\n## Licence\n\n{said}{here}\n"
+
+
+def _body(come_from: Origin, plan: Plan, form: Form) -> str:
     sizes = sorted({scope.plan.mixing_KE.shape[0] for scope in plan.scopes})
     experts = plan.scopes[0].plan.assignment_E.numel()
     options = ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "none"
     lines = [
-        f"# {_name(source)}, consolidated with conmoe",
+        f"# {escaped(come_from.name)}, consolidated with conmoe",
         "",
         f"{' to '.join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))} of {experts} routed experts per "
         f"{'layer' if len(plan.scopes[0].layers) == 1 else 'scope'} are stored; {_router(plan, form)} {_LOADING[form]}",
         "",
+        "## How it was made",
+        "",
         "| | |",
         "|---|---|",
-        f"| method | `{plan.method}` ({get_method(plan.method).paper}) |",
-        f"| options | {options} |",
-        f"| keep, budget | {plan.keep}, {plan.budget} |",
-        f"| refinement | {_refinement(plan)} |",
+        f"| source | {escaped(come_from.name)}{f', {code(come_from.revision)}' if come_from.revision else ''} |",
+        f"| method | `{plan.method}` ({escaped(get_method(plan.method).paper)}) |",
+        f"| options | {escaped(options)} |",
+        f"| keep, budget | {escaped(plan.keep)}, {escaped(plan.budget)} |",
+        f"| refinement | {escaped(_refinement(plan))} |",
         f"| decoder layers | {', '.join(str(index) for scope in plan.scopes for index in scope.layers)} |",
         f"| form | {form} |",
-        f"| conmoe | {plan.version} |",
-        f"| source fingerprint | `{plan.source}` |",
-        f"| statistics fingerprint | `{plan.statistics}` |",
+        f"| conmoe | {escaped(plan.version)} |",
+        f"| source fingerprint | {code(plan.source)} |",
+        f"| statistics fingerprint | {code(plan.statistics)} |",
         "",
-        "The plan (which prototype answers for each expert) is in `conmoe/plan.json`.",
+        "The plan (which prototype answers for each expert) is in `conmoe/plan.json`; `conmoe/manifest.json` lists",
+        "every file with its SHA-256.",
     ]
     lines += _fitted(plan)
     condensed = sorted(index for scope in plan.scopes if is_condensed(scope) for index in scope.layers)
@@ -73,12 +124,7 @@ def _body(source: Path, plan: Plan, form: Form) -> str:
         ]
     if is_approximate(plan, form):
         lines += ["", "**Approximation:** the plan redirects experts, and cutting router rows drops them instead."]
-    lines += [
-        "",
-        "Not tested by the tool: tasks, generation quality, safety, languages outside the calibration text.",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_loading(plan, form), ""])
 
 
 def _refinement(plan: Plan) -> str:
@@ -119,10 +165,14 @@ def tuning_section(record: Mapping[str, Any]) -> str:
             f"language modelling, and {options['distillation']:g} of KL(source \\|\\| model)",
         ),
     }[record["mode"]]
+    texts = escaped("; ".join(text_names(data["sources"])))
     rows = [
         ("tuned", f"{record['parameters']:,} parameters: the {what}"),
         ("towards", towards),
-        ("text", f"{data['sequences']:,} sequences of {data['seq_len']:,} tokens: {'; '.join(data['sources'])}"),
+        (
+            "text",
+            f"{data['sequences']:,} sequences of {data['seq_len']:,} tokens: {texts}",
+        ),
         ("steps", f"{record['steps']:,} of {options['batch']} sequences, learning rate {options['learning_rate']:g}"),
         *([("rows or columns left", "{:,} of {:,}".format(*record["lines"]))] if record["lines"] else []),
         ("seed", options["seed"]),
@@ -141,19 +191,3 @@ def tuning_section(record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _name(source: Path) -> str:
-    """The source as people know it; the hub's cache keeps a model in ``models--owner--name/snapshots/commit``."""
-    cached = next((part for part in source.parts if part.startswith("models--")), None)
-    return cached.removeprefix("models--").replace("--", "/", 1) if cached else source.name
-
-
-def _metadata(source: Path) -> dict[str, Any]:
-    readme = source / "README.md"
-    if not readme.is_file():
-        return {}
-    try:
-        return dict(ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict())
-    except Exception:  # a card that cannot be parsed has nothing to hand over, and is no reason to fail
-        return {}

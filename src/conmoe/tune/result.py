@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +14,19 @@ from torch import Tensor
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from conmoe.apply import PLAN_FOLDER, SHARD_BYTES
-from conmoe.artifacts import LABEL, write_json, write_plan
+from conmoe.artifacts import LABEL, plan_fingerprint, write_json, write_plan
 from conmoe.checkpoint import split_parameter
 from conmoe.compress import RESULTS
+from conmoe.manifest import RESULT_MANIFEST, SourceRecord, read_result_manifest, seal
 from conmoe.progress import Progress
+from conmoe.report.escape import one_line
+from conmoe.report.sections import EVALUATIONS, write_card
 from conmoe.shards import DTYPES, INDEX, Held, Output, raw_chunks, tensor_output, write_shards
 from conmoe.source import Source
 from conmoe.tune.pruning import cut_config
 from conmoe.types import ConmoeError, Plan
+
+MANIFEST_NAME, EVALUATIONS_NAME = Path(RESULT_MANIFEST).name, Path(EVALUATIONS).name
 
 
 def write(source: Source, weights: Mapping[str, Tensor], folder: Path, progress: Progress) -> int:
@@ -61,10 +67,28 @@ def copy_rest(model: Path, folder: Path, out: Path) -> None:
             shutil.copy(file, folder / file.name)
     for name in (PLAN_FOLDER, CHAT_TEMPLATE_DIR):
         if (model / name).is_dir():
-            shutil.copytree(model / name, folder / name, ignore=shutil.ignore_patterns("report.*"), dirs_exist_ok=True)
+            shutil.copytree(model / name, folder / name, dirs_exist_ok=True, ignore=_of_old_weights)
     if (model / PLAN_FOLDER / RESULTS).is_file():
         results = json.loads((model / PLAN_FOLDER / RESULTS).read_text())
         write_json(folder / PLAN_FOLDER / RESULTS, {**results, "output": str(out), "fidelity": None})
+
+
+def _of_old_weights(folder: str, names: list[str]) -> list[str]:
+    """What was measured of the checkpoint before it was tuned, and the list of its files."""
+    if Path(folder).name != PLAN_FOLDER:
+        return []
+    return [name for name in names if name in (MANIFEST_NAME, EVALUATIONS_NAME) or name.startswith("report.")]
+
+
+def finish(model: Path, folder: Path, out: Path, plan: Plan) -> None:
+    """The card with what was measured after the tuning, and the manifest."""
+    write_card(folder, out.name)
+    source = SourceRecord(name=one_line(model.name), fingerprint=plan.source)
+    form = str(plan.default_form)
+    with suppress(ConmoeError):  # a checkpoint that another version wrote has no manifest
+        before = read_result_manifest(model)
+        source, form = before.source, before.form
+    seal(folder, source, plan_fingerprint(plan), form)
 
 
 def write_cut(source: Source, plan: Plan, folder: Path, written: int) -> None:

@@ -34,7 +34,7 @@ from conmoe.source import Source, open_source
 from conmoe.tune.options import Mode, Tuning, check_options
 from conmoe.tune.parameters import tuned_parameters
 from conmoe.tune.pruning import LinePruning, cut, cut_plan, stored_lines, with_factors
-from conmoe.tune.result import copy_rest, write, write_cut
+from conmoe.tune.result import copy_rest, finish, write, write_cut
 from conmoe.tune.training import steps_of, train
 from conmoe.types import ConmoeError, Plan, UsageError
 from conmoe.verify import verify
@@ -138,6 +138,7 @@ def tune(
         card = folder / "README.md"
         card.write_text(_text(model / "README.md") + tuning_section(record))
         shutil.rmtree(folder / _CHECKPOINTS)
+        finish(model, folder, out, plan)
     return tuned
 
 

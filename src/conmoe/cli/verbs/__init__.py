@@ -17,6 +17,7 @@ FILES = (
     "compress",
     "tune",
     "dequantise",
+    "push",
     "evaluate",
     "bench",
     "report",

@@ -119,6 +119,11 @@ def compress(
     device: Device = "auto",
     dtype: Dtype = "auto",
     force: Force = False,
+    push_to: Annotated[
+        str,
+        typer.Option("--push-to", metavar="REPO", help="Push the result to this repository of the hub, owner/name."),
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     json: Json = False,
     trust_remote_code: Remote = False,
 ) -> None:
@@ -141,6 +146,10 @@ def compress(
     from conmoe.compress import clear_work
     from conmoe.keeping import low_experts
 
+    if private and not push_to:
+        raise conmoe.UsageError("--private is about the repository of --push-to; name one.")
+    if push_to:  # who cannot push learns it before the work
+        conmoe.check_push(push_to)
     folder = conmoe.locate(model)
     stays = low_experts(folder, trust_remote_code=trust_remote_code) if refine is None else ""
     settings = settle(
@@ -206,6 +215,21 @@ def compress(
     if work is None:
         clear_work(kept)
     _finish(out, result, json)
+    if push_to:
+        _push(out, push_to, private)
+
+
+def _push(out: Path, repo: str, private: bool) -> None:
+    """The result to the hub; if that fails, the result is finished all the same."""
+    try:
+        upload = conmoe.prepare_push(out, repo, console.Bars())
+        for note in upload.notes:
+            say(f"Note: {note}")
+        done = conmoe.push(upload, repo, private=private)
+    except conmoe.ConmoeError as error:
+        again = conmoe.push_command(out, repo, private=private)
+        raise conmoe.ConmoeError(f"{error} The result is finished in {out}, and goes there with: {again}") from error
+    say(f"{out} is at {done.url}.")
 
 
 def _finish(out: Path, result: conmoe.Result, json: bool) -> None:

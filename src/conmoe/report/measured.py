@@ -1,0 +1,219 @@
+"""What a card says was measured: the tables, and the same numbers as ``EvalResult`` for the hub.
+
+Numbers come from ``results.json`` and from files of ``conmoe evaluate --output``. Keys that are not there are not
+spoken of; what is no finite number is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from conmoe.report.escape import escaped, one_line
+from conmoe.report.numbers import size, with_error
+
+HUB = "hub:"
+#: The numbers of a fidelity: key, name, identifier of the metric, unit.
+METRICS = (
+    ("kl", "KL(source || model)", "kl_divergence", "nats per token"),
+    ("top1_agreement", "top-1 agreement with the source", "top1_agreement", "share of tokens"),
+    ("excess_loss", "loss above the source's", "excess_loss", "nats per token"),
+    ("loss", "loss", "cross_entropy", "nats per token"),
+    ("perplexity", "perplexity", "perplexity", ""),
+)
+Number = tuple[float, float | None]
+
+
+def number(record: object) -> Number | None:
+    """Value and standard error of ``{"value", "stderr"}`` or of a plain number; None for anything else."""
+    value, error = (record.get("value"), record.get("stderr")) if isinstance(record, Mapping) else (record, None)
+    if not _finite(value):
+        return None
+    return float(value), float(error) if _finite(error) else None  # type: ignore[arg-type]  # checked above
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shown(found: Number | None, *, percent: bool = False) -> str:
+    return "" if found is None else with_error(*found, percent=percent)
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def text_names(data: object) -> list[str]:
+    """Texts as the reader may know them: hub names whole, of paths the last part only."""
+    given = data if isinstance(data, list | tuple) else []
+    return [one_line(text if (text := str(each)).startswith(HUB) else PurePath(text).name or text) for each in given]
+
+
+def fidelity_lines(fidelity: Mapping[str, Any]) -> list[str]:
+    """The table of source against result."""
+    get = {key: number(fidelity.get(key)) for key, *_ in METRICS}
+    source = number(fidelity.get("source_loss"))
+    perplexity = None
+    if source:
+        value = math.exp(min(source[0], 700))
+        perplexity = (value, None if source[1] is None else value * source[1])
+    rows = [
+        ("loss, nats per token", shown(source), shown(get["loss"]), shown(get["excess_loss"])),
+        ("perplexity", shown(perplexity), shown(get["perplexity"]), ""),
+        ("KL(source \\|\\| model), nats per token", "", "", shown(get["kl"])),
+        ("top-1 agreement with the source", "", "", shown(get["top1_agreement"], percent=True)),
+        (
+            "parameters",
+            _count(fidelity.get("source_parameters")),
+            _count(fidelity.get("parameters")),
+            _share(fidelity.get("parameters"), fidelity.get("source_parameters")),
+        ),
+        (
+            "bytes of weights",
+            _size(fidelity.get("source_bytes")),
+            _size(fidelity.get("bytes")),
+            _share(fidelity.get("bytes"), fidelity.get("source_bytes")),
+        ),
+    ]
+    lines = ["| | source | this model | between them |", "|---|---:|---:|---:|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows if any(row[1:])]
+
+
+def _count(value: object) -> str:
+    return f"{value:,}" if _finite(value) else ""
+
+
+def _size(value: object) -> str:
+    return size(value) if _finite(value) else ""  # type: ignore[arg-type]  # a finite number
+
+
+def _share(value: object, of: object) -> str:
+    return f"{value / of:.1%}" if _finite(value) and _finite(of) and of else ""  # type: ignore[operator]  # numbers
+
+
+def basis(fidelity: Mapping[str, Any], data: object) -> str:
+    """On what the numbers stand, in a sentence."""
+    names = "; ".join(escaped(name) for name in text_names(data))
+    tokens, sequences = _count(fidelity.get("tokens")), _count(fidelity.get("sequences"))
+    extent = f"{tokens} tokens in {sequences} sequences" if tokens and sequences else "an unknown number of tokens"
+    return f"On {extent}{f' of {names}' if names else ''}; ± one standard error over sequences."
+
+
+def domain_lines(domains: Mapping[str, Any]) -> list[str]:
+    lines = ["| domain | tokens | KL | agreement | excess loss | perplexity |", "|---|---:|---:|---:|---:|---:|"]
+    for name, record in domains.items():
+        get = mapping(record)
+        cells = [
+            escaped(name),
+            _count(get.get("tokens")),
+            shown(number(get.get("kl"))),
+            shown(number(get.get("top1_agreement")), percent=True),
+            shown(number(get.get("excess_loss"))),
+            shown(number(get.get("perplexity"))),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def task_lines(tasks: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| task | metric | documents | source | this model | difference, paired |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for task, metrics in tasks.items():
+        for name, record in mapping(metrics).items():
+            found = number(record)
+            if found is None:
+                continue
+            get = mapping(record)
+            up = get.get("higher_is_better")
+            cells = [
+                escaped(task),
+                escaped(name) + ("" if up is None else " ↑" if up else " ↓"),
+                _count(get.get("n")),
+                shown(number(get.get("source"))),
+                shown(found),
+                shown(number(get.get("difference"))),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def flat_lines(record: Mapping[str, Any]) -> list[str]:
+    """Numbers of generation and speed, however they are nested."""
+    rows = [f"| {escaped(name)} | {shown(found)} |" for name, found in _numbers(record)]
+    return ["| | |", "|---|---:|", *rows] if rows else []
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Number]]:
+    for name, value in record.items():
+        label = f"{prefix}{name}"
+        found = number(value)
+        if found is not None:
+            yield label, found
+        elif isinstance(value, Mapping) and name != "units":
+            yield from _numbers(value, f"{label}, ")
+
+
+def eval_results(name: str, record: Mapping[str, Any], data: object, config: str | None = None) -> list[EvalResult]:
+    """The numbers of one file for the hub's ``model-index``; the spec has no field for a standard error, so it stands
+    among the arguments of each metric, with the number of tokens and sequences it is about.
+
+    Args:
+        name: what the metrics compare with: the source model.
+        record: a fidelity, with ``domains`` and ``tasks`` if they were measured.
+        data: the texts.
+        config: tells several files apart.
+    """
+    found = list(_fidelity_results(name, record, text_names(data), config))
+    for domain, part in mapping(record.get("domains")).items():
+        label = one_line(domain) if config is None else f"{config}: {one_line(domain)}"
+        texts = text_names(mapping(part).get("data")) or [one_line(domain)]
+        found += _fidelity_results(name, mapping(part), texts, label)
+    for task, metrics in mapping(record.get("tasks")).items():
+        for metric, part in mapping(metrics).items():
+            value = number(part)
+            if value is None:
+                continue
+            args: dict[str, Any] = {"stderr": value[1], "documents": mapping(part).get("n")}
+            for other in ("source", "difference"):
+                compared = number(mapping(part).get(other))
+                if compared:
+                    args |= {other: compared[0], f"{other}_stderr": compared[1]}
+            task_name = one_line(task)
+            found.append(_result(task_name, task_name, config, one_line(metric), one_line(metric), value[0], args))
+    return found
+
+
+def _fidelity_results(
+    source: str, record: Mapping[str, Any], texts: list[str], config: str | None
+) -> Iterator[EvalResult]:
+    hub = [text.removeprefix(HUB).split(":")[0].split("@")[0] for text in texts if text.startswith(HUB)]
+    kind = hub[0] if len(hub) == len(texts) == 1 else "text"
+    for key, label, metric, unit in METRICS:
+        value = number(record.get(key))
+        if value is None:
+            continue
+        args = {"stderr": value[1], "unit": unit or None, "source": source or None}
+        args |= {each: record.get(each) for each in ("tokens", "sequences") if _finite(record.get(each))}
+        yield _result(kind, "; ".join(texts) or "text", config, metric, label, value[0], args)
+
+
+def _result(
+    kind: str, dataset: str, config: str | None, metric: str, label: str, value: float, args: Mapping[str, Any]
+) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=kind,
+        dataset_name=dataset,
+        dataset_config=config,
+        metric_type=metric,
+        metric_name=label,
+        metric_value=value,
+        metric_args={key: arg for key, arg in args.items() if arg is not None},
+    )
