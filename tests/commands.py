@@ -19,6 +19,10 @@ from conmoe.cli import main
 TEXT = "The quick brown fox jumps over the lazy dog, and no one knows why it should; {} times it did.\n"
 
 
+#: Files of a result that name its folder or the command, and the sums of these: they differ where all else is equal.
+OWN = {f"conmoe/{name}" for name in ("results.json", "report.json", "report.html", "manifest.json")} | {"README.md"}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command left behind."""

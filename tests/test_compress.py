@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import conmoe
-from tests.commands import main_until, runner, tree, write_text
+from tests.commands import OWN, main_until, runner, tree, write_text
 from tests.conftest import token_data
 
 SMALL = ("--tokens", "512", "--seq-len", "32", "--eval-tokens", "256", "--sample", "128")
@@ -76,7 +76,7 @@ def compress(checkpoint, tmp_path, out, keep="0.5", held_out=None, **options):
 
 def test_the_chain_ends_with_a_model_its_plan_and_what_it_cost(checkpoint, tmp_path):
     result, progress = compress(checkpoint, tmp_path, "half", held_out=token_data(4, 24, seed=9))
-    assert progress.stages == ["calibrate", "plan", "apply", "verify", "evaluate"]
+    assert progress.stages == ["calibrate", "plan", "apply", "verify", "evaluate", "report"]
     assert all(done == total for done, total in progress.done.values()), progress.done
     written = json.loads((tmp_path / "half" / RESULTS).read_text())
     assert written == json.loads(json.dumps(result.as_json()))
@@ -109,16 +109,16 @@ def test_one_calibration_serves_every_plan(checkpoint, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("conmoe.stream.Stream.run", None)  # the model cannot be run again
         result, progress = compress(checkpoint, tmp_path, "third", keep="3", verified=False)
-        assert progress.stages == ["plan", "apply"]
+        assert progress.stages == ["plan", "apply", "report"]
         assert "not calibrating again" in progress.notes[0]
         assert result.plan.keep == "3"
         _, progress = compress(checkpoint, tmp_path, "third-sliced", keep="3", form="sliced", verified=False)
-        assert progress.stages == ["plan", "apply"]  # groups and defaults depend on the form
+        assert progress.stages == ["plan", "apply", "report"]  # groups and defaults depend on the form
         _, progress = compress(checkpoint, tmp_path, "third-again", keep="3", form="sliced", verified=False)
-        assert progress.stages == ["apply"]
+        assert progress.stages == ["apply", "report"]
         assert "not planning again" in progress.notes[1]
     _, progress = compress(checkpoint, tmp_path, "reaped", request=conmoe.Request("reap", "0.5"), form="sliced")
-    assert progress.stages == ["plan", "apply", "verify"]
+    assert progress.stages == ["plan", "apply", "verify", "report"]
 
 
 def test_other_text_is_calibrated_again(checkpoint, run, text, tmp_path):
@@ -204,7 +204,7 @@ def asked_for(checkpoint, text, out):
 
 
 def without_results(folder):
-    return {name: data for name, data in tree(folder).items() if name != RESULTS}
+    return {name: data for name, data in tree(folder).items() if name not in OWN}
 
 
 def survives(start, kill, checkpoint, run, text, tmp_path):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import conmoe
-from tests.commands import runner, tree, write_text
+from tests.commands import OWN, runner, tree, write_text
 from tests.families import TINY, save_tiny, tiny_model, tiny_tokenizer
 
 SMALL = ("--tokens", "256", "--seq-len", "32")
@@ -439,7 +439,7 @@ def no_file_larger_than(nbytes):
 
 
 def whole(folder):
-    return {name: data for name, data in tree(folder).items() if not name.endswith("results.json")}
+    return {name: data for name, data in tree(folder).items() if name not in OWN}
 
 
 @pytest.mark.parametrize("limit", [100, 5_000, 20_000, 120_000])
