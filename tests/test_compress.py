@@ -204,7 +204,9 @@ def asked_for(checkpoint, text, out):
 
 
 def without_results(folder):
-    return {name: data for name, data in tree(folder).items() if name != RESULTS}
+    """What does not speak of the command, and with it of the folder's name."""
+    speaking = (RESULTS, "README.md", "conmoe/manifest.json", "conmoe/report.json", "conmoe/report.html")
+    return {name: data for name, data in tree(folder).items() if name not in speaking}
 
 
 def survives(start, kill, checkpoint, run, text, tmp_path):
