@@ -64,7 +64,7 @@ def results(folder: Path) -> dict:
 def test_the_numbers_of_the_card_are_those_of_the_results(made):
     fidelity = results(made)["fidelity"]
     card = ModelCard.load(made / "README.md")
-    assert card.data.model_name == "half"
+    assert card.data.model_name == "qwen3_moe-conmoe"
     found = {each.metric_type: each for each in card.data.eval_results}
     assert len(found) == len(METRICS)
     for key, _, metric, _ in METRICS:

@@ -43,6 +43,7 @@ from conmoe.preflight import Serve, case_of_request, look, refuse
 from conmoe.progress import SILENT
 from conmoe.progress import Progress as Progress
 from conmoe.registry import Form
+from conmoe.report.origin import origin
 from conmoe.report.sections import write_card
 from conmoe.report.write import REPORT_HTML, write_default
 from conmoe.request import Request, check_request
@@ -205,7 +206,7 @@ def compress(
             overlap(held_out.documents, manifest.documents) if held_out is not None else None,
         )
         write_json(applied.folder / PLAN_FOLDER / RESULTS, result.as_json())
-        write_card(applied.folder, out.name)
+        write_card(applied.folder, f"{origin(source.folder).short}-conmoe")
         if report:
             with progress.stage("report", sum(len(scope.layers) for scope in made.scopes), "layers") as advance:
                 seen = portray(

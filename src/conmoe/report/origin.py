@@ -24,6 +24,11 @@ class Origin:
     hub_name: str = ""
     revision: str = ""  # the commit
 
+    @property
+    def short(self) -> str:
+        """Without its owner."""
+        return self.name.rpartition("/")[2]
+
 
 def origin(source: Path) -> Origin:
     """The hub's cache keeps a model in ``models--owner--name/snapshots/commit``; any other folder has its name only.

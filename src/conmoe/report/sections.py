@@ -45,7 +45,7 @@ def refresh_card(folder: Path, *, name: str = "", base_model: str = "", more: Ma
     results, tuning = (_json(folder / file) for file in (RESULTS, TUNING))
     card = folder / CARD
     text = card.read_text(errors="replace") if card.is_file() else ""
-    return measured_card(text, results, evaluations, tuning=tuning, name=name or folder.name, base_model=base_model)
+    return measured_card(text, results, evaluations, tuning=tuning, name=name, base_model=base_model)
 
 
 def write_card(folder: Path, name: str) -> None:
@@ -108,7 +108,7 @@ def measured_card(
         found += measured.eval_results(source, record, record.get("data"), label)
     card.data.pop("model-index")
     card.data["eval_results"] = found or None
-    card.data["model_name"] = one_line(name) or "model" if found else None
+    card.data["model_name"] = one_line(name or card.data.get("model_name") or "model") if found else None
     section = "\n".join([BEGIN, *_section(results, fidelity, data, evaluations, tuned=bool(tuning)), END])
     return f"---\n{card.data.to_yaml()}\n---\n\n{_replaced(card.text.lstrip(), section)}"
 

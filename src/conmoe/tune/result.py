@@ -80,9 +80,9 @@ def _of_old_weights(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name in (MANIFEST_NAME, EVALUATIONS_NAME) or name.startswith("report.")]
 
 
-def finish(model: Path, folder: Path, out: Path, plan: Plan) -> None:
+def finish(model: Path, folder: Path, plan: Plan) -> None:
     """The card with what was measured after the tuning, and the manifest."""
-    write_card(folder, out.name)
+    write_card(folder, f"{one_line(model.name)}-tuned")
     source = SourceRecord(name=one_line(model.name), fingerprint=plan.source)
     form = str(plan.default_form)
     with suppress(ConmoeError):  # a checkpoint that another version wrote has no manifest

@@ -138,7 +138,7 @@ def tune(
         card = folder / "README.md"
         card.write_text(_text(model / "README.md") + tuning_section(record))
         shutil.rmtree(folder / _CHECKPOINTS)
-        finish(model, folder, out, plan)
+        finish(model, folder, plan)
     return tuned
 
 
