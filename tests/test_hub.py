@@ -89,7 +89,8 @@ def pushable(folder: Path) -> dict[str, bytes]:
 
 def evaluation(folder: Path, file: Path, **changes: object) -> Path:
     fidelity = json.loads((folder / "conmoe" / "results.json").read_text())["fidelity"]
-    record = {"model": str(folder), "against": "/home/someone/source", "data": ["/home/someone/held.txt"], **fidelity}
+    theirs = folder.parent / "somebody"  # an absolute path, as a command on their machine would leave it
+    record = {"model": str(folder), "against": str(theirs / "source"), "data": [str(theirs / "held.txt")], **fidelity}
     file.write_text(json.dumps({**record, **changes}))
     return file
 
