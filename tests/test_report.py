@@ -149,7 +149,7 @@ def test_nothing_that_was_read_becomes_part_of_the_page(result, tmp_path):
                     HOSTILE: {HOSTILE: {"value": 0.5, "stderr": 0.1, "n": 3, "source": None, "difference": None}}
                 },
                 "generation": {HOSTILE: HOSTILE},
-                "speed": {HOSTILE: {"value": 1.0, "stderr": None}, "units": {HOSTILE: HOSTILE}},
+                "speed": {"units": {"x": HOSTILE}, "source": {"x": {"value": 1.0, "stderr": None}}},
             }
         )
     )
@@ -223,6 +223,20 @@ def test_an_evaluation_of_a_result_adds_to_it(result, tmp_path):
     alone = gather([evaluation]).runs[0]
     assert alone.name == result.name
     assert alone.portrait is None
+
+
+def test_what_both_were_measured_on_stands_in_one_row(result, tmp_path):
+    evaluation = tmp_path / "evaluation.json"
+    units = {"peak": "bytes at most", "decode": "tokens per second", "unknown": "of neither"}
+    sides = {side: {"peak": {"value": value, "stderr": 0.0}} for side, value in (("source", 2e9), ("model", 1e9))}
+    sides["source"]["decode"] = {"value": 12.5, "stderr": 0.5}
+    speed = {"turns": 3, "units": units, **sides, "ratio": {"peak": {"value": 0.5, "stderr": 0.01}}}
+    evaluation.write_text(json.dumps({"model": str(result), "loss": {"value": 1.0}, "speed": speed}))
+    (run,) = gather([result, evaluation]).runs
+    assert [unit for unit, *_ in run.parts["speed"].rows] == ["bytes at most", "tokens per second"]
+    text = Page(page(Findings((run,)), "x")).text
+    for shown in ("2 GB", "1 GB", "0.500 ± 0.010", "12.50 ± 0.50", "turns: 3"):
+        assert shown in text
 
 
 @pytest.mark.parametrize(

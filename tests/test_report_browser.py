@@ -11,7 +11,7 @@ import pytest
 
 from conmoe.diagnosis import Planned, Use
 from conmoe.portrait import LayerPortrait, LostText, LostToken, Portrait
-from conmoe.report.gather import Figure, Findings, Run, TaskRow
+from conmoe.report.gather import Compared, Figure, Findings, Run, TaskRow
 from conmoe.report.write import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -87,7 +87,9 @@ def file(tmp_path_factory) -> Path:
         domains={HOSTILE: {"kl": Figure(0.2, 0.01)}, "wiki": {"kl": Figure(0.3, 0.01)}},
         parts={
             "tasks": (TaskRow("arc_easy", "acc", Figure(0.5, 0.1), None, None, "100"),),
-            "speed": {"units": {"decode": "tokens per second"}, "decode": {"value": 3.0, "stderr": None}},
+            "speed": Compared(
+                "ratio", (("tokens per second", Figure(3.0), Figure(4.0), Figure(4 / 3)),), (("turns", "3"),)
+            ),
         },
         facts=(("command", "conmoe compress " + "long-name/" * 30), ("text", HOSTILE)),
         warnings=(HOSTILE,),

@@ -74,6 +74,15 @@ class TaskRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """What was measured of source and result alike: rows of a unit, both numbers, and their ``third``."""
+
+    third: str
+    rows: tuple[tuple[str, Figure | None, Figure | None, Figure | None], ...]
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Findings:
     """Everything that was given, in its order."""
 
@@ -277,7 +286,7 @@ def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
 
 def _with_evaluation(runs: Sequence[Run], record: Mapping[str, Any]) -> list[Run]:
     """Runs with what an evaluation adds to the result that it measured, or with one more."""
-    parts = {name: record[name] for name in PARTS[2:] if record.get(name)}
+    parts: dict[str, Any] = {name: _compared(record[name]) for name in PARTS[2:] if record.get(name)}
     if record.get("tasks"):
         parts = {"tasks": _tasks(record["tasks"]), **parts}
     domains = {name: _figures(each) for name, each in (record.get("domains") or {}).items()}
@@ -308,6 +317,24 @@ def _tasks(tasks: Mapping[str, Any]) -> tuple[TaskRow, ...]:
         for metric, each in metrics.items()
         if isinstance(each, dict) and (figure := _figure(each)) is not None
     )
+
+
+def _compared(record: Mapping[str, Any]) -> Compared:
+    """Generation, or speed: settings, then ``units``, ``source``, ``model``, and a ``difference`` or ``ratio``."""
+    units, sides = record.get("units", {}), ("source", "model", "difference", "ratio")
+    third = "ratio" if "ratio" in record else "difference"
+    rows = []
+    for name, unit in units.items():
+        if any(name in record.get(side, {}) for side in sides):
+            source, model, both = (_figure(record.get(side, {}).get(name)) for side in ("source", "model", third))
+            rows.append((str(unit), source, model, both))
+    facts = [(name, value) for name, value in record.items() if isinstance(value, str | int | float)]
+    facts += [(units.get(name, name), f"{each.value:.4g}") for name, each in _known(record.get("agreement", {}))]
+    return Compared(third, tuple(rows), tuple((str(name).replace("_", " "), str(value)) for name, value in facts))
+
+
+def _known(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    return ((name, figure) for name, each in numbers.items() if (figure := _figure(each)) is not None)
 
 
 def _figure(record: Any) -> Figure | None:

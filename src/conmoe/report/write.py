@@ -90,7 +90,7 @@ def page(found: Findings, title: str) -> str:
         "size": size,
         "number": number,
         "percent": lambda figure: number(figure, percent=True),
-        "flat": _flat,
+        "amount": _amount,
         "breakable": _breakable,
         "visible": _visible,
     }
@@ -159,14 +159,5 @@ def _fates(run: Run) -> set[str]:
     return {bar.fate for scope in scopes for bar in plots.expert_map(scope).bars}
 
 
-def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
-    """What an evaluation wrote, as rows: names joined, a mean with its standard error in one cell."""
-    if isinstance(value, dict):
-        if isinstance(value.get("value"), int | float):
-            rest = {key: each for key, each in value.items() if key not in ("value", "stderr")}
-            shown = with_error(float(value["value"]), value.get("stderr"))
-            return [(prefix, shown), *(row for key, each in rest.items() for row in _flat(each, f"{prefix}, {key}"))]
-        return [row for key, each in value.items() for row in _flat(each, f"{prefix}, {key}" if prefix else str(key))]
-    if isinstance(value, list):
-        return [(prefix, ", ".join(map(str, value)))]
-    return [] if value is None else [(prefix, f"{value:.4g}" if isinstance(value, float) else str(value))]
+def _amount(figure: Figure | None, unit: str) -> str:
+    return size(figure.value) if figure and unit.startswith("bytes") else number(figure)
