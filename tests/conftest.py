@@ -10,6 +10,7 @@ import torch
 
 import conmoe
 from conmoe.data import SourceCount
+from conmoe.progress import SILENT
 from tests.families import save_tiny
 
 SEQUENCES, SEQ_LEN = 12, 24
@@ -21,6 +22,22 @@ def token_data(sequences: int = SEQUENCES, seq_len: int = SEQ_LEN, seed: int = 0
     """Random token ids that every tiny model can read."""
     ids = torch.randint(0, 250, (sequences, seq_len), generator=torch.Generator().manual_seed(seed))
     return conmoe.TokenData(ids, (SourceCount("random", 1.0, sequences, 1),), f"seed {seed}", ("document",))
+
+
+def measured_half(model: Path, folder: Path) -> Path:
+    """A result of :func:`conmoe.compress` with all that is measured by default: ``folder/half``."""
+    conmoe.compress(
+        model,
+        folder / "half",
+        folder / "work",
+        token_data(),
+        conmoe.Request(keep="0.5"),
+        SILENT,
+        calibration=conmoe.Calibration(sample=128),
+        held_out=token_data(4, 24, seed=9),
+        command=f"conmoe compress {model.name} half --keep 0.5",
+    )
+    return folder / "half"
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,11 @@ from huggingface_hub.utils._fixes import yaml_dump
 
 import conmoe
 from conmoe.manifest import EDITABLE, RESULT_MANIFEST, check_files, list_files, read_result_manifest, sha256
-from conmoe.progress import SILENT
 from conmoe.report.escape import block, code, escaped
 from conmoe.report.measured import METRICS
 from conmoe.report.sections import BEGIN, END, measured_card, refresh_card
 from tests.commands import tree
-from tests.conftest import token_data
+from tests.conftest import measured_half
 
 HOSTILE = (
     "a | b",
@@ -38,18 +37,7 @@ HOSTILE = (
 @pytest.fixture(scope="module")
 def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    conmoe.compress(
-        checkpoint("qwen3_moe"),
-        folder / "half",
-        folder / "work",
-        token_data(),
-        conmoe.Request(keep="0.5"),
-        SILENT,
-        calibration=conmoe.Calibration(sample=128),
-        held_out=token_data(4, 24, seed=9),
-        command="conmoe compress qwen3_moe half --keep 0.5",
-    )
-    return folder / "half"
+    return measured_half(checkpoint("qwen3_moe"), folder)
 
 
 @pytest.fixture

@@ -17,11 +17,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-import conmoe
 from conmoe.manifest import check_files
-from conmoe.progress import SILENT
 from tests.commands import Outcome, Run, runner, tree, write_text
-from tests.conftest import token_data
+from tests.conftest import measured_half
 from tests.hub import TOKEN, Hub, serving
 
 REPO = "someone/half"
@@ -64,18 +62,7 @@ def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     shutil.copytree(checkpoint("olmoe"), model)
     (model / "LICENSE").write_text("as you like")
     (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n- no\n---\n# A model\n")
-    conmoe.compress(
-        model,
-        folder / "half",
-        folder / "work",
-        token_data(),
-        conmoe.Request(keep="0.5"),
-        SILENT,
-        calibration=conmoe.Calibration(sample=128),
-        held_out=token_data(4, 24, seed=9),
-        command="conmoe compress source half --keep 0.5",
-    )
-    return folder / "half"
+    return measured_half(model, folder)
 
 
 @pytest.fixture
