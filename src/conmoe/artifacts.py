@@ -392,12 +392,21 @@ def read_plan(folder: Path, *, weights: bool = True) -> Plan:
 def _read_record(kind: type[R], file: Path, what: str) -> R:
     if not file.is_file():
         raise UsageError(f"{file.parent} holds no {what}.")
+    return parse_record(kind, file, FORMAT)
+
+
+def parse_record(kind: type[R], file: Path, version: int) -> R:
+    """A record of ours, as it was written.
+
+    Raises:
+        ConmoeError: it is damaged, or not of the format ``version`` (records without one are of any).
+    """
     try:
         record = kind.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise ConmoeError(f"{file} is damaged or of another version: {error.errors()[0]['msg']}.") from error
-    if getattr(record, "format", FORMAT) != FORMAT:
-        raise ConmoeError(f"{file} has format {record.format}; this version reads {FORMAT}.")  # type: ignore[attr-defined]
+    if (found := getattr(record, "format", version)) != version:
+        raise ConmoeError(f"{file} has format {found}; this version reads {version}.")
     return record
 
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
-from pydantic import ValidationError
-
 from conmoe import __version__
-from conmoe.artifacts import LABEL, Record, write_atomic
+from conmoe.artifacts import LABEL, Record, parse_record, write_atomic
 from conmoe.types import ConmoeError, UsageError
 
 FORMAT = 1
@@ -109,12 +107,7 @@ def read_result_manifest(folder: Path) -> ResultManifest:
         raise UsageError(f"{folder} is no folder; name a result of conmoe compress, apply or tune.")
     if not file.is_file():
         raise UsageError(f"{folder} has no {RESULT_MANIFEST}; only finished results of conmoe {__version__} have one.")
-    try:
-        manifest = ResultManifest.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise ConmoeError(f"{file} is damaged or of another version: {error.errors()[0]['msg']}.") from error
-    if manifest.format != FORMAT:
-        raise ConmoeError(f"{file} has format {manifest.format}; this version reads {FORMAT}.")
+    manifest = parse_record(ResultManifest, file, FORMAT)
     for record in manifest.files:
         if not _stays_inside(record.path):
             raise ConmoeError(f"{file} names {record.path!r}, which is not a file of that folder.")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from conmoe.artifacts import Record, read_layer
+from conmoe.artifacts import Record, parse_record, read_layer
 from conmoe.data import TokenData, load_tokenizer
 from conmoe.diagnosis import Planned, Use
 from conmoe.doctor import glance, layer_use
@@ -23,7 +23,7 @@ from conmoe.ops.experts import select
 from conmoe.ops.halves import first_drawn
 from conmoe.ops.similarity import TINY, output_cosine
 from conmoe.source import Source, read_experts
-from conmoe.types import ConmoeError, LayerPlan, Plan, ScopePlan, UsageError
+from conmoe.types import LayerPlan, Plan, ScopePlan, UsageError
 
 REPORT_JSON = "report.json"
 FORMAT = 1
@@ -80,7 +80,7 @@ class Portrait(Record):
 
     format: int = FORMAT
     command: str = ""
-    scopes: tuple[LayerPortrait, ...]
+    scopes: tuple[LayerPortrait, ...] = Field(min_length=1)
     texts: tuple[LostText, ...] = ()
     tokens: tuple[LostToken, ...] = ()
     not_finite: int = 0  # sequences whose KL is no number
@@ -122,15 +122,7 @@ def load_portrait(file: Path) -> Portrait | None:
     Raises:
         ConmoeError: it is damaged, or of another version.
     """
-    if not file.is_file():
-        return None
-    try:
-        found = Portrait.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise ConmoeError(f"{file} is damaged or of another version: {error.errors()[0]['msg']}.") from error
-    if found.format != FORMAT or not found.scopes:
-        raise ConmoeError(f"{file} has format {found.format}; this version reads {FORMAT}.")
-    return found
+    return parse_record(Portrait, file, FORMAT) if file.is_file() else None
 
 
 class Lost:

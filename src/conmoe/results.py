@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from conmoe.artifacts import Record
-from conmoe.types import ConmoeError, UsageError
+from conmoe.artifacts import Record, parse_record
+from conmoe.types import UsageError
 
 BENCH_JSON, BENCH_MD = "bench.json", "bench.md"
 FORMAT = 1
@@ -158,13 +158,7 @@ def load_bench(path: Path) -> Bench:
     file = path / BENCH_JSON if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"{path} holds no {BENCH_JSON}; make one with conmoe bench.")
-    try:
-        found = Bench.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise ConmoeError(f"{file} is damaged or of another version: {error.errors()[0]['msg']}.") from error
-    if found.format != FORMAT:
-        raise ConmoeError(f"{file} has format {found.format}; this version reads {FORMAT}.")
-    return found
+    return parse_record(Bench, file, FORMAT)
 
 
 def summarise(name: str, method: str, keep: str, runs: Sequence[Run], domains: Mapping[str, str], source: int) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from conmoe.diagnosis import Diagnosis
 from conmoe.portrait import REPORT_JSON, Portrait, load_portrait
 from conmoe.report.bench import facts as bench_facts
+from conmoe.report.measured import number
 from conmoe.results import BENCH_JSON, Bench, Number, Row, load_bench
 from conmoe.types import ConmoeError, UsageError
 
@@ -339,10 +339,8 @@ def _known(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
 
 def _figure(record: Any) -> Figure | None:
     """A mean as it is written; None for anything that is no number."""
-    value, stderr = (record.get("value"), record.get("stderr")) if isinstance(record, dict) else (None, None)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return Figure(float(value), float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None)
+    found = number(record) if isinstance(record, dict) else None
+    return None if found is None else Figure(*found)
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, Figure]:

@@ -94,12 +94,13 @@ def page(found: Findings, title: str) -> str:
         "breakable": _breakable,
         "visible": _visible,
     }
+    present = {fate for run in found.runs for fate in _fates(run)}
     script = (room / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         title=title,
         found=found,
         runs=list(enumerate(found.runs, start=1)),
-        fates=[fate for fate in FATES if any(fate in _fates(run) for run in found.runs)],
+        fates=[fate for fate in FATES if fate in present],
         fate_words=FATES,
         drawn=[(index, run) for index, run in enumerate(found.runs, start=1) if run.portrait],
         told=[(index, run) for index, run in enumerate(found.runs, start=1) if run.facts],
