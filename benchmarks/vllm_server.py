@@ -6,7 +6,8 @@
 For each checkpoint, ``vllm serve`` is started on 127.0.0.1, asked for its models and for greedy completions, one of
 them streamed, and stopped. The tokens must be those of Transformers, which runs in a process of its own. A ``shared``
 checkpoint is served twice, by remote code without our plugin and by our plugin without remote code, and each time the
-log must say that the routing was left to the model. Any other checkpoint is served by vLLM's own class of its family.
+log must say that the routing was left to the model (or, for a family in ``UNFUSED``, nothing: all of the layer was).
+Any other checkpoint is served by vLLM's own class of its family.
 
 ``--against`` compares with the tokens of another checkpoint, for negative controls. ``--refused`` asks for the
 opposite: the server must not start, and the log must say in our words why. The exit code is 1 unless all is well.
@@ -42,13 +43,15 @@ PROMPTS = (
     "Q: Why is the sky blue?\nA:",
 )
 NEW_TOKENS = 24
+#: model types whose experts vLLM leaves to Transformers, which then routes itself, and why
+UNFUSED = {"conmoe_gpt_oss": "experts with biases: vLLM fuses those alone whose parameters are all of three dimensions"}
 EXTERNAL, INTERNAL, REFUSAL = "(external routing)", "(internal routing)", "vLLM cannot serve"
 #: lines of the log that say what vLLM made of a checkpoint
 DECISIVE = re.compile(
     r"routing\)|Resolved architecture|modeling backend|(Value|Runtime|Key|Type|Attribute|Assertion|Validation)Error:"
 )
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-ENGINE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--no-enable-prefix-caching")
+ENGINE = ("--enforce-eager", "--max-model-len", "256", "--no-enable-prefix-caching")
 #: how a checkpoint is loaded -> whether remote code may run, the vLLM plugins that may load
 ROUTES = {"remote code": (True, ""), "plugin": (False, "conmoe"), "stock": (False, "")}
 START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 300, 120, 20
@@ -62,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     rows = []
     for folder in options.checkpoints:
-        for route in options.route or _routes(folder):
+        for route in options.route or routes(folder):
             check = check_refused if options.refused else check_served
             rows.append(check(folder, route, options.against or folder))
             print(_line(rows[-1]), *_why(rows[-1]), sep="\n", flush=True)
     names = ("torch", "transformers", "vllm", "vllm-cpu", "conmoe")
-    report = {"versions": {"python": platform.python_version(), **_versions(names)}, "rows": rows}
+    report = {"versions": {"python": platform.python_version(), **versions(names)}, "rows": rows}
     print("\n" + "\n".join([HEAD, *map(_line, rows)]))
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
@@ -84,12 +87,12 @@ def check_served(folder: Path, route: str, against: Path) -> dict[str, Any]:
             with serving(folder, route, log) as (process, url):
                 expected = _in_transformers(against, route, Path(scratch))  # while the server starts
                 wait_for_health(process, url)
-                listed = [model["id"] for model in _request(f"{url}/v1/models")["data"]]
+                listed = [model["id"] for model in request(f"{url}/v1/models")["data"]]
                 answers = [complete(url, folder.name, prompt) for prompt in prompts]
                 streamed = complete(url, folder.name, prompts[0], stream=True)
         except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
-            return {**row, **_routing(log), "ok": False, "error": str(error), "log": _decisive(log)}
-        row |= {**_routing(log), "log": _decisive(log)}
+            return {**row, **routing(log), "ok": False, "error": str(error), "log": decisive(log)}
+        row |= {**routing(log), "log": decisive(log)}
     equal = [_common(a, b) for a, b in zip(answers, expected, strict=True)]
     row |= {
         "equal": sum(equal),
@@ -97,7 +100,8 @@ def check_served(folder: Path, route: str, against: Path) -> dict[str, Any]:
         "streamed": streamed == answers[0],
         "listed": listed == [folder.name],
     }
-    routed = route == "stock" or row["routing"] == "external"
+    wanted = "not fused" if row["type"] in UNFUSED else "external"
+    routed = route == "stock" or row["routing"] == wanted
     return {**row, "ok": routed and row["listed"] and row["streamed"] and row["equal"] == row["total"]}
 
 
@@ -110,17 +114,19 @@ def check_refused(folder: Path, route: str, _: Path) -> dict[str, Any]:
             with serving(folder, route, log) as (process, url):
                 wait_for_health(process, url)
         except RuntimeError:
-            lines = _decisive(log)
+            lines = decisive(log)
             row |= {
                 "log": lines,
                 "refused": next((x.partition("Error: ")[2] for x in lines if f"Error: {REFUSAL}" in x), ""),
             }
             return {**row, "ok": bool(row["refused"])}
-        return {**row, **_routing(log), "ok": False, "error": "it was served", "log": _decisive(log)}
+        return {**row, **routing(log), "ok": False, "error": "it was served", "log": decisive(log)}
 
 
 @contextmanager
-def serving(folder: Path, route: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(
+    folder: Path, route: str, log: Path, dtype: str = "float32"
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server that is starting, and its address; it and all its processes are gone afterwards."""
     remote_code, plugins = ROUTES[route]
     with socket.socket() as free:
@@ -128,7 +134,7 @@ def serving(folder: Path, route: str, log: Path) -> Iterator[tuple[subprocess.Po
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", folder.name]
-    command += [*ENGINE, "--host", "127.0.0.1", "--port", str(port), *(["--trust-remote-code"] if remote_code else [])]
+    command += [*ENGINE, "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), *(["--trust-remote-code"] if remote_code else [])]
     # A module cache of its own, so that remote code is really that of the folder.
     environment = {**os.environ, **SETTINGS, "VLLM_PLUGINS": plugins, "HF_MODULES_CACHE": str(log.parent / "modules")}
     with log.open("wb") as file:
@@ -156,7 +162,7 @@ def wait_for_health(process: subprocess.Popen[bytes], url: str) -> None:
 def complete(url: str, model: str, prompt: list[int], *, stream: bool = False) -> list[int]:
     """The greedy continuation of a prompt, both as token ids."""
     body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0.0}
-    answer = _request(f"{url}/v1/completions", {**body, "ignore_eos": True, "return_token_ids": True, "stream": stream})
+    answer = request(f"{url}/v1/completions", {**body, "ignore_eos": True, "return_token_ids": True, "stream": stream})
     parts = answer if stream else [answer]
     return [token for part in parts for choice in part["choices"] for token in choice["token_ids"] or []]
 
@@ -185,7 +191,7 @@ def _in_transformers(folder: Path, route: str, scratch: Path) -> list[list[int]]
     return tokens
 
 
-def _request(url: str, body: dict[str, Any] | None = None) -> Any:
+def request(url: str, body: dict[str, Any] | None = None) -> Any:
     """The JSON that the server answers with; a list of it where the answer is streamed."""
     data = json.dumps(body).encode() if body else None
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -217,21 +223,21 @@ def _row(folder: Path, route: str) -> dict[str, Any]:
     return {"checkpoint": folder.name, "type": model_type, "route": route}
 
 
-def _routing(log: Path) -> dict[str, str]:
+def routing(log: Path) -> dict[str, str]:
     text = log.read_text(errors="replace")
     if INTERNAL in text:
         return {"routing": "internal"}
     return {"routing": "external" if EXTERNAL in text else "not fused"}
 
 
-def _decisive(log: Path) -> list[str]:
+def decisive(log: Path) -> list[str]:
     """The lines of a log that say what became of the checkpoint, each once, without time and process."""
     found = [line for line in log.read_text(errors="replace").splitlines() if DECISIVE.search(line)]
     plain = [re.sub(r"^\(.*?\)\s*|(INFO|WARNING|ERROR) [\d-]+ [\d:]+ |\x1b\[[\d;]*m", "", line) for line in found]
     return list(dict.fromkeys(line.strip() for line in plain))
 
 
-def _routes(folder: Path) -> tuple[str, ...]:
+def routes(folder: Path) -> tuple[str, ...]:
     shared = json.loads((folder / "config.json").read_text())["model_type"].startswith("conmoe_")
     return ("remote code", "plugin") if shared else ("stock",)
 
@@ -247,7 +253,7 @@ def _common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _versions(names: Sequence[str]) -> dict[str, str]:
+def versions(names: Sequence[str]) -> dict[str, str]:
     found = {}
     for name in names:
         try:

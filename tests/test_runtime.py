@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conmoe.runtime import (
     COUNT_FIELDS,
@@ -261,12 +263,18 @@ def test_vllm_may_not_run_layers_that_share_a_pool(scoped):
         AutoModelForCausalLM.from_config(config)
 
 
-def test_vllm_may_not_run_a_router_that_it_would_replace(tmp_path):
-    config = AutoConfig.from_pretrained(write_shared("phimoe", tmp_path))
-    model = AutoModelForCausalLM.from_config(config)
-    model.config._attn_implementation = "vllm"
-    with pytest.raises(ValueError, match="vLLM cannot serve a router that is a linear layer"):
-        model._consolidate(EXPERTS, 5)
+def test_vllm_finds_no_router_that_it_would_replace(tmp_path, monkeypatch):
+    # As the model is built there, but for the attention itself.
+    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.setitem(functions, "vllm", functions["sdpa"])
+    folder = write_shared("phimoe", tmp_path, gains=torch.linspace(0.5, 1.5, EXPERTS).tolist())
+    stock, built = load(folder), AutoModelForCausalLM.from_pretrained(folder, attn_implementation="vllm")
+    routers = [layer.mlp.router for layer in built.model.layers]
+    assert all(not isinstance(module, torch.nn.Linear) for router in routers for module in router.modules())
+    assert built.state_dict().keys() == stock.state_dict().keys()
+    assert torch.equal(logits(built), logits(stock))
+    built.train()
+    assert not torch.equal(logits(built), logits(stock))  # in training it draws at random, as the stock router does
 
 
 @pytest.mark.parametrize("first", [False, True])

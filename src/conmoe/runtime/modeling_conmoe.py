@@ -102,7 +102,7 @@ class ConsolidatedModel(PreTrainedModel):
             departure = departures.get(str(layer), {})
             block = self.get_submodule(name.rpartition(".")[0])
             if isinstance(router, nn.Linear) and self.config._attn_implementation == "vllm":
-                raise ValueError("vLLM cannot serve a router that is a linear layer: write the sliced form instead.")
+                router = _replaced(block, router, ParameterRouter(router))
             if "static" in departure:
                 _condense(block, experts, router, logical, departure["static"])
                 continue
@@ -228,12 +228,17 @@ def _cut_rows(block: nn.Module, router: nn.Module, logical: int, rows: int) -> N
 
 
 def _condense(block: nn.Module, experts: nn.Module, router: nn.Module, logical: int, size: int) -> None:
-    name = next(name for name, child in block.named_children() if child is router)
-    setattr(block, name, StaticRouter(size))
+    _replaced(block, router, StaticRouter(size))
     if size:
         _resize(experts, logical, size)
     else:
         block.experts = NoExperts()
+
+
+def _replaced(block: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    name = next(name for name, child in block.named_children() if child is old)
+    setattr(block, name, new)
+    return new
 
 
 def _add_constants(experts: nn.Module, constants: int, width: int) -> None:
@@ -352,6 +357,23 @@ class NoExperts(nn.Module):
 
     def forward(self, hidden_TD: Tensor, *args: Any) -> Tensor:
         return torch.zeros_like(hidden_TD)
+
+
+class ParameterRouter(nn.Module):
+    """A stock router that is a linear layer itself, as one that only has parameters of the same names.
+
+    vLLM replaces every linear layer by one of its own, and what this one adds to being linear would be lost.
+    """
+
+    def __init__(self, stock: nn.Linear) -> None:
+        super().__init__()
+        for name, parameter in stock.named_parameters():
+            self.register_parameter(name, parameter)
+        self.__dict__["_stock"] = stock  # not a submodule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock = self.__dict__["_stock"].train(self.training)
+        return torch.func.functional_call(stock, dict(self.named_parameters()), args, kwargs)
 
 
 def _remap(router: nn.Module, logical: int, size: int) -> None:
