@@ -113,7 +113,8 @@ def _in_a_process(folder: Path, ids_NS: list[list[int]], scratch: Path) -> list[
     environment = {**os.environ, **vllm_server.SETTINGS}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"Transformers failed: {done.stderr.strip().splitlines()[-1]}")
+        why = done.stderr.strip() or f"exit code {done.returncode}"
+        raise RuntimeError(f"Transformers failed: {why.splitlines()[-1]}")
     rows: list[list[float]] = json.loads(answer.read_text())
     return rows
 
@@ -122,12 +123,9 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-HEAD = "\n".join(
-    [
-        "| checkpoint | quantisation | loaded by | routing | loss in vLLM | loss in Transformers | mean distance | ok |",
-        "|---|---|---|---|---:|---:|---:|---|",
-    ]
-)
+HEAD = """\
+| checkpoint | quantisation | loaded by | routing | loss in vLLM | in Transformers | mean distance | ok |
+|---|---|---|---|---:|---:|---:|---|"""
 
 
 def _line(row: dict[str, Any]) -> str:

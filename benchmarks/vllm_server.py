@@ -134,7 +134,8 @@ def serving(
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", folder.name]
-    command += [*ENGINE, "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), *(["--trust-remote-code"] if remote_code else [])]
+    command += [*ENGINE, "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--trust-remote-code"] if remote_code else []
     # A module cache of its own, so that remote code is really that of the folder.
     environment = {**os.environ, **SETTINGS, "VLLM_PLUGINS": plugins, "HF_MODULES_CACHE": str(log.parent / "modules")}
     with log.open("wb") as file:
@@ -186,7 +187,8 @@ def _in_transformers(folder: Path, route: str, scratch: Path) -> list[list[int]]
     environment = {**os.environ, **SETTINGS, "HF_MODULES_CACHE": str(scratch / "reference")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=START_SECONDS)
     if done.returncode:
-        raise RuntimeError(f"Transformers failed: {done.stderr.strip().splitlines()[-1]}")
+        why = done.stderr.strip() or f"exit code {done.returncode}"
+        raise RuntimeError(f"Transformers failed: {why.splitlines()[-1]}")
     tokens: list[list[int]] = json.loads(output.read_text())
     return tokens
 
