@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
-from conmoe.manifest import check_files
+from conmoe.manifest import check_files, read_result_manifest
 from tests.commands import Outcome, Run, runner, tree, write_text
 from tests.conftest import measured_half
 from tests.hub import TOKEN, Hub, serving
@@ -211,6 +212,37 @@ def test_evaluations_go_into_the_card_and_stay_with_the_result(hub, cli, result,
     assert hub.files(REPO)["README.md"].decode() == (result / "README.md").read_text()
     assert "### Evaluation: more" in (result / "README.md").read_text()
     check_files(result)
+
+
+def test_an_evaluation_tells_no_folder_wherever_it_names_one(hub, cli, result, tmp_path):
+    theirs = str(tmp_path / "somebody" / "held.txt")
+    more = {"domains": {"wiki": {"data": [theirs]}}, "generation": {"prompts_from": theirs}}
+    assert cli("push", result, REPO, "--results", evaluation(result, tmp_path / "more.json", **more)).code == 0
+    sent = hub.files(REPO)["conmoe/evaluations/more.json"].decode()
+    assert str(tmp_path) not in sent
+    assert sent.count('"held.txt"') == 3
+
+
+def test_an_evaluation_of_another_model_of_the_same_size_is_refused(hub, cli, result, checkpoint, tmp_path):
+    other = Path(shutil.copytree(result, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    for folder, code in ((other, 2), (result, 0)):
+        measured, text = tmp_path / f"{folder.name}.json", write_text(tmp_path)
+        assert cli("evaluate", folder, "--data", text, "--tokens", 512, "--seq-len", 64, "--output", measured).code == 0
+        assert cli("push", result, REPO, "--results", measured).code == code
+
+
+def test_a_report_that_was_added_later_stays_behind(hub, cli, result):
+    (result / "conmoe" / "report.html").unlink(missing_ok=True)
+    made = read_result_manifest(result)
+    rest = tuple(record for record in made.files if record.path != "conmoe/report.html")
+    (result / "conmoe" / "manifest.json").write_text(made.model_copy(update={"files": rest}).model_dump_json())
+    (result / "conmoe" / "report.html").write_text("<html>")
+    assert cli("push", result, REPO).code == 0
+    assert "conmoe/report.html" not in hub.files(REPO)
+    listed = json.loads(hub.files(REPO)["conmoe/manifest.json"])["files"]
+    assert {record["path"] for record in listed} < hub.files(REPO).keys()
 
 
 def test_compress_asks_before_it_works_and_keeps_what_it_could_not_push(hub, cli, checkpoint, tmp_path):

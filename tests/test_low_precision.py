@@ -28,6 +28,7 @@ from conmoe.types import LayerPlan, Plan
 from tests.commands import runner, tree, write_text
 from tests.conftest import Checkpoint, token_data
 from tests.families import EXPERTS, save_tiny
+from tests.heads import with_head
 from tests.low_precision import BLOCK, KINDS, fp8_block, int4_group, numbers_of, packed, quantised
 from tests.results import (
     FORMS,
@@ -51,6 +52,8 @@ LAYERS = {"olmoe": (0, 1), "qwen3_moe": (0, 1), "deepseek_v3": (1, 2)}
 #: Which model is stored how in the tests of results.
 PAIRS = [("qwen3_moe", "fp8-block"), ("deepseek_v3", "fp8-even"), ("olmoe", "ct-int4"), ("olmoe", "ct-fp8")]
 pairs = pytest.mark.parametrize(("family", "kind"), PAIRS)
+
+MOE_LAYERS = {"deepseek_v3": (1, 2), "qwen3_next": (0, 1)}
 
 Low = Callable[[str, str], Path]
 
@@ -280,6 +283,27 @@ def test_lists_of_modules_follow_their_experts(checkpoint, tmp_path):
     conmoe.apply(folder, plan_for(folder, "olmoe", "shared"), tmp_path / "expanded", form="expanded")
     found = config_of(tmp_path / "expanded")["quantization_config"]["modules_to_not_convert"]
     assert found == ["lm_head", path.format(0, 4), "model.layers.0.mlp.gate"]
+
+
+@pytest.mark.parametrize(
+    ("family", "block"), [("deepseek_v3", "model.layers.3.mlp"), ("qwen3_next", "mtp.layers.0.mlp")]
+)
+@pytest.mark.parametrize(("policy", "count"), [("keep", 8), ("prune", 4), ("drop", 4)])
+def test_lists_of_modules_follow_the_experts_of_heads(family, block, policy, count, tmp_path):
+    """Two experts of a head are named as left in full precision: where they stay, their new names are."""
+    kept = list(range(EXPERTS))[:: EXPERTS // count]
+    full, head = with_head(family, tmp_path / "full")
+    named = [f"{block}.experts.{expert}.up_proj" for expert in range(EXPERTS)]
+    every = [name.removesuffix(".weight") for name in head]  # a head whose experts are cut is in full precision
+    source = quantised(full, tmp_path / "low", "fp8-even", modules_to_not_convert=every)
+    plan = hand_made(source, {(layer,): prune(torch.tensor(kept), EXPERTS) for layer in MOE_LAYERS[family]})
+    made = conmoe.apply(source, plan, tmp_path / "out", form="sliced", mtp=policy)
+    stored = {name.removesuffix(".weight") for name in on_disk(tmp_path / "out")}
+    found = config_of(tmp_path / "out")["quantization_config"]["modules_to_not_convert"]
+    listed = [name for name in found if name.startswith(f"{block}.experts.")]
+    assert made.heads.policy == policy
+    assert sorted(listed) == sorted(name for name in stored if name.startswith(f"{block}.experts."))
+    assert len([name for name in listed if name in named]) == (0 if policy == "drop" else count)
 
 
 def expected_mixed(folder: Path, plan: Plan) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from conmoe.serving import COMPILED, RULES, VERSIONS, Case, Facts, accepted, exa
 from conmoe.source import open_source
 from tests.commands import runner
 from tests.families import EXPERTS, TOP_K, save_tiny, tiny_model
+from tests.low_precision import EVEN, quantised
 
 PLAIN = Facts("olmoe", 64, 8, intermediate=1024, heads=16)
 QWEN = Facts("qwen3_moe", 128, 8, intermediate=768, heads=32)
@@ -149,6 +150,12 @@ def test_the_facts_are_those_of_the_model(family, checkpoint):
     assert (facts.groups, facts.groups_used) == ((2, 1) if family == "deepseek_v3" else (1, 1))
     legal = tuple(n for n in range(1, EXPERTS + 1) if accepted(case(facts, n), "transformers"))
     assert legal == conmoe.inspect(checkpoint(family)).legal_sliced_counts
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("fp8-even", EVEN[0]), ("fp8-tensor", 0), ("ct-int4", 0)])
+def test_the_facts_know_the_blocks_that_scales_belong_to(kind, rows, checkpoint, tmp_path):
+    folder = quantised(checkpoint("qwen3_moe"), tmp_path / "low", kind)
+    assert facts_of(open_source(folder)).block == rows
 
 
 def test_requests_become_the_cases_that_they_will_make(checkpoint):

@@ -32,7 +32,7 @@ from conmoe.forms import check_form, departures, sliced_counts
 from conmoe.lowprec import renumbered_modules
 from conmoe.manifest import SourceRecord, seal
 from conmoe.moe import count_field
-from conmoe.mtp import NO_HEAD, Policy, Settled, settle, stated, without_heads
+from conmoe.mtp import NO_HEAD, Policy, Settled, head_experts, settle, stated, without_heads
 from conmoe.outputs import expert_places, forget_prototypes, plan_outputs
 from conmoe.registry import Form
 from conmoe.report.card import model_card
@@ -118,6 +118,9 @@ def applying(
     heads = settle_heads(source, config, form, mtp)
     if heads.dropped:
         config |= without_heads(source, config)
+    if source.scheme:
+        places, staying = expert_places(source, plan, form), head_experts(source, heads)
+        config["quantization_config"] = renumbered_modules(config["quantization_config"], places, staying)
     outputs, dropped = [*outputs, *heads.outputs], (*dropped, *heads.dropped)
     total = sum(output.nbytes for output in outputs)
     key = fingerprint([plan_fingerprint(plan), form, heads.policy])
@@ -168,10 +171,6 @@ def settle_heads(source: Source, config: Mapping[str, Any], form: Form, mtp: Pol
 def result_config(source: Source, plan: Plan, form: Form) -> dict[str, Any]:
     """The config.json of the result."""
     config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
-    if source.scheme:
-        config["quantization_config"] = renumbered_modules(
-            config["quantization_config"], expert_places(source, plan, form)
-        )
     if form == "expanded":
         return config
     counts = stated(source, config, count_field(source.config))

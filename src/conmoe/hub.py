@@ -17,7 +17,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils._validators import validate_repo_id
 
 from conmoe.artifacts import write_atomic, write_json
-from conmoe.manifest import CARD, EDITABLE, RESULT_MANIFEST, Checked, check_files, read_result_manifest, reseal
+from conmoe.manifest import (
+    CARD,
+    EDITABLE,
+    RESULT_MANIFEST,
+    Checked,
+    check_files,
+    read_result_manifest,
+    reseal,
+    weights_fingerprint,
+)
 from conmoe.progress import Progress
 from conmoe.report.escape import one_line
 from conmoe.report.sections import EVALUATIONS, read_evaluation, refresh_card
@@ -188,8 +197,7 @@ def _settle(upload: Upload, results: Sequence[Path]) -> None:
         (upload.folder / path).parent.mkdir(exist_ok=True)
         write_json(upload.folder / path, _without_folders(read_evaluation(file)))
     write_atomic(upload.folder / CARD, upload.card)
-    there = [path for path in EDITABLE if (upload.folder / path).is_file()]
-    reseal(upload.folder, [*there, *added])
+    reseal(upload.folder, [*(path for path in EDITABLE if path in upload.files), *added])
 
 
 def _named(results: Sequence[Path]) -> dict[str, Path]:
@@ -200,36 +208,38 @@ def _named(results: Sequence[Path]) -> dict[str, Path]:
     return named
 
 
-def _without_folders(record: dict[str, Any]) -> dict[str, Any]:
+def _without_folders(value: Any) -> Any:
     """Names of this machine's folders are nobody's business: of absolute paths the last part is left."""
-    return {
-        key: PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-        for key, value in record.items()
-    }
+    if isinstance(value, Mapping):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def _check_about(out: Path, file: Path) -> None:
-    found = read_evaluation(file).get("bytes")
-    stored = sum(entry.nbytes for entry in read_entries(out).values())
+    record, stored = read_evaluation(file), sum(entry.nbytes for entry in read_entries(out).values())
+    found, known = record.get("bytes"), record.get("fingerprint")
     if isinstance(found, int) and found != stored:
         raise UsageError(f"{file} measured a model of {found:,} bytes, and {out} has {stored:,}; it is about another.")
+    if known is not None and known != weights_fingerprint(out):
+        raise UsageError(f"{file} measured another model than {out}.")
 
 
 def _notes(out: Path, checked: Checked, card: str) -> Iterator[str]:
     for path in checked.strangers:
         yield f"Left out: {one_line(path)}, which is not in the manifest."
     for path in checked.edited:
-        yield f"{path} was edited since it was written, and goes as it is."
+        rest = ", but for the section that conmoe writes" if path == CARD else ""
+        yield f"{path} was edited since it was written, and goes as it is{rest}."
     if "\nbase_model:" not in card.split("\n---", 1)[0]:
         yield "The card names no base model, for the source was a folder; --base-model owner/name links to it."
     if "\nlicense:" not in card.split("\n---", 1)[0]:
         yield "The card names no licence, for the source's card names none."
     homes = {str(Path.home()), str(out.resolve().parent)} - {"/"}
     for record in checked.manifest.files:
-        if record.path.endswith(_READABLE) and record.path.count("/") == (
-            1 if record.path.startswith("conmoe/") else 0
-        ):
-            text = (out / record.path).read_text(errors="replace")
+        if record.path.endswith(_READABLE) and (record.path.startswith("conmoe/") or "/" not in record.path):
+            text = (out / record.path).read_text("utf-8", errors="replace")
             if any(home in text or json.dumps(home)[1:-1] in text for home in homes):
                 yield f"{record.path} names folders of this machine."
     if quoting := [path for path in _QUOTING if any(record.path == path for record in checked.manifest.files)]:

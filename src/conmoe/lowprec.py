@@ -126,19 +126,24 @@ def views(entries: Mapping[str, Held], scheme: Scheme, dtype: torch.dtype) -> di
     return found
 
 
-def renumbered_modules(config: Any, places: Places) -> Any:
+def renumbered_modules(config: Any, places: Places, heads: Mapping[str, Sequence[int]] = {}) -> Any:
     """A ``quantization_config`` whose lists of modules name the experts of the result.
 
     An expert that is not stored is named no more, one that is copied is named as often.
+
+    Args:
+        config: the source's.
+        places: where the result holds the experts of the layers.
+        heads: block of a head that predicts further tokens -> its experts that the result holds, in order.
 
     Raises:
         UsageError: a list names an expert without its layer, or by a pattern.
     """
     if isinstance(config, Mapping):
         return {
-            key: _renamed(key, value, places)
+            key: _renamed(key, value, places, heads)
             if key in _LISTS and isinstance(value, list)
-            else renumbered_modules(value, places)
+            else renumbered_modules(value, places, heads)
             for key, value in config.items()
         }
     return config
@@ -149,13 +154,17 @@ def is_low(entry: Held) -> bool:
     return parts_of(entry) != (entry,)
 
 
-def _renamed(field: str, names: list[Any], places: Places) -> list[Any]:
+def _renamed(field: str, names: list[Any], places: Places, heads: Mapping[str, Sequence[int]]) -> list[Any]:
     found: list[Any] = []
     for name in names:
         expert = _EXPERT.match(name) if isinstance(name, str) and not name.startswith("re:") else None
         if expert:
             before, layer, between, number, after = expert.groups()
-            homes = places.get((int(layer), int(number)), [])
+            head = heads.get(f"{before}{layer}{between}".removesuffix(".experts."))
+            if head is None:
+                homes = places.get((int(layer), int(number)), [])
+            else:
+                homes = [(int(layer), slot) for slot, kept in enumerate(head) if kept == int(number)]
             found += [f"{before}{home}{between}{slot}{after}" for home, slot in homes]
         elif isinstance(name, str) and _ANY_EXPERT.search(name):
             raise UsageError(

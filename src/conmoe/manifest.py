@@ -14,7 +14,8 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from conmoe import __version__
-from conmoe.artifacts import LABEL, Record, parse_record, write_atomic
+from conmoe.artifacts import LABEL, Record, checkpoint_fingerprint, parse_record, write_atomic
+from conmoe.shards import read_entries
 from conmoe.types import ConmoeError, UsageError
 
 FORMAT = 1
@@ -93,6 +94,11 @@ def reseal(folder: Path, paths: Iterable[str]) -> ResultManifest:
     made = old.model_copy(update={"files": tuple(files[path] for path in sorted(files))})
     _write(folder, made)
     return made
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """What a checkpoint is told from others by, of its configuration and of samples of its weights."""
+    return checkpoint_fingerprint(folder, (entry.file for entry in read_entries(folder).values()))
 
 
 def read_result_manifest(folder: Path) -> ResultManifest:

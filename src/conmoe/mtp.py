@@ -162,6 +162,17 @@ def settle(source: Source, count: int, policy: Policy, *, whole: bool = False) -
     return _pruned(source.layers[0], heads, count)
 
 
+def head_experts(source: Source, settled: Settled) -> dict[str, list[int]]:
+    """Block of a head -> the experts of the source that stay in it, in order."""
+    if settled.policy == "prune":
+        return settled.kept()
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for entry in find_heads(source).entries:
+        if expert := _ONE_EXPERT.match(entry.name):
+            numbers[expert[1]].add(int(expert[2]))
+    return {path: sorted(found) if settled.policy == "keep" else [] for path, found in numbers.items()}
+
+
 def most_bytes(source: Source, count: int, policy: Policy) -> int:
     """What the heads take at most in such a result; unlike what they do take it never falls as ``count`` grows."""
     heads = find_heads(source)

@@ -69,8 +69,7 @@ def refuse(serving: Serving) -> None:
 def facts_of(source: Source) -> Facts:
     """What the rules need to know of a checkpoint, from its configuration and headers."""
     first, config = source.layers[0], source.config
-    quantised = getattr(config, "quantization_config", None) or {}
-    sides = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
+    tiles = source.scheme.tiles if source.scheme else ()
     return Facts(
         family=config.model_type.removeprefix("conmoe_"),
         experts=first.logical,
@@ -80,7 +79,7 @@ def facts_of(source: Source) -> Facts:
         intermediate=outline_experts(source, first).down_EDI.shape[2],
         heads=int(getattr(config, "num_attention_heads", 0) or 0),
         scoring=str(getattr(config, "scoring_func", None) or ""),
-        block=int(sides[0]) if sides else 0,
+        block=max((rows for rows, _ in tiles if rows > 1), default=0),
     )
 
 

@@ -133,6 +133,7 @@ def evaluate(
     Example: `conmoe evaluate olmoe-half --against allenai/OLMoE-1B-7B-0125 --data wikitext2.txt --tasks arc_easy,piqa`
     """
     from conmoe.cli.read import read_device, read_dtype
+    from conmoe.manifest import weights_fingerprint
     from conmoe.parallel import Ranks, refuse_several
 
     folder = conmoe.locate(model)
@@ -160,6 +161,7 @@ def evaluate(
         text = _read_text(folder, data, tokens, seq_len, seed, trust_remote_code)
     record: dict[str, Any] = {
         "model": str(model),
+        "fingerprint": weights_fingerprint(folder) if any(folder.glob("*.safetensors")) else None,
         "against": against,
         "data": [part.source for part in text.sources] if text else [],
     }
