@@ -165,6 +165,17 @@ def test_the_source_and_the_default_text_are_used_when_nothing_else_is_said(chec
     assert "256 held-out tokens" in done.out
 
 
+@pytest.mark.parametrize(("tokens", "builtin"), [("1024", False), ("40000", True)])
+def test_what_was_not_calibrated_on_is_measured_on(tokens, builtin, checkpoint, run, text, tmp_path):
+    asked = (*SMALL, "--eval-tokens", tokens, "--data", text)
+    done = run("compress", checkpoint("olmoe"), tmp_path / "out", "--keep", "0.5", *asked)
+    assert done.code == 0
+    assert ("built-in text" in done.err, "built-in text" in done.out) == (builtin, builtin)
+    assert (f"held-out tokens: {text.name}, evaluation part" in done.out) is not builtin
+    written = json.loads((tmp_path / "out" / RESULTS).read_text())
+    assert (written["overlap"], written["fidelity"]["tokens"]) == (0, int(tokens) // 32 * 32)
+
+
 def test_a_result_that_fails_its_check_never_gets_its_name(checkpoint, tmp_path, monkeypatch):
     def bend(*args, **kwargs):
         raise conmoe.ConmoeError("bent")

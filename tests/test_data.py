@@ -366,3 +366,16 @@ def spy(kept):
 def test_sizes_must_make_sense(tokenizer, stories):
     with pytest.raises(UsageError, match="At least 1 token"):
         load(tokenizer, stories, tokens=0)
+
+
+def test_the_rest_of_a_text_is_that_which_was_not_taken(tokenizer, stories):
+    taken = load(tokenizer, stories, tokens=64 * 64, seed=3)
+    rest = load(tokenizer, stories, tokens=64 * 200, seed=3, without=taken.documents)
+    assert overlap(rest.documents, taken.documents) == 0
+    seen, other = numbers(tokenizer, taken), numbers(tokenizer, rest)
+    whole = [number for number, times in seen.items() if times > 2]  # a sequence may end within a story's first word
+    assert whole
+    assert not set(whole) & {number for number, times in other.items() if times > 2}
+    assert rest.sources[0].source == f"{stories}, calibration part"
+    with pytest.raises(UsageError, match="lower --tokens"):
+        load(tokenizer, stories, tokens=64 * 600, without=taken.documents)

@@ -118,6 +118,8 @@ REQUESTS = {
         (*COMPRESS, "--keep", "4", "--eval-data", "text.txt", "--eval-tokens", "1000000"),
         ["text.txt holds 37,"],
     ),
+    "an option of another": (("evaluate", OLMOE, "--limit", "3"), ["--limit is about --tasks"]),
+    "prompts for nothing": (("evaluate", OLMOE, "--prompts", "text.txt"), ["--prompts is about --generate"]),
     "no tokens": (("calibrate", OLMOE, "out", "--tokens", "0"), ["--tokens"]),
     "sequences of one token": (("evaluate", OLMOE, "--seq-len", "1"), ["--seq-len"]),
     "sequences too long": (("evaluate", OLMOE, "--seq-len", "513"), ["513", "the 512 positions"]),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 
 import conmoe
+from conmoe.allocate import experts_kept, parse_keep
 from tests.commands import runner
 from tests.families import EXPERTS, TINY, TOP_K, save_tiny, tiny_model
 
@@ -123,3 +125,13 @@ def test_json_has_what_the_object_has(run, checkpoint):
     for each in (shown, expected):
         del each["estimated_seconds"]  # measured
     assert shown == expected
+
+
+@pytest.mark.parametrize("typed", ["1.0", "100%", "8", "3", "1", "0.5"])
+def test_a_keep_that_is_shown_asks_for_what_it_says(typed, run, checkpoint):
+    shown = dict(
+        re.findall(r"--keep (\S+)\s+\S\s+(\d+) experts", run("inspect", checkpoint("olmoe"), "--keep", typed).out)
+    )
+    assert str(experts_kept(parse_keep(typed), EXPERTS)) in shown.values()
+    for keep, experts in shown.items():
+        assert experts_kept(parse_keep(keep), EXPERTS) == int(experts)

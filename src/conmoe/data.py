@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,12 +139,14 @@ def load_tokens(
     part: Part = "calibration",
     shuffle: bool = True,
     vocab_size: int | None = None,
+    without: Collection[str] = (),
 ) -> TokenData:
     """At most ``tokens`` tokens (but one sequence) of ``specs``, or of the built-in text where there are none.
 
     With ``shuffle`` the documents are drawn at random, without replacement; without it the text is taken as it comes,
     the convention of WikiText perplexity. Every sequence holds tokens of one source; sources give sequences in
-    proportion to their weights, to within one.
+    proportion to their weights, to within one. ``without`` are hashes of documents that are passed over: those of other
+    ``TokenData``, of which this is to be the held-out part.
     """
     if tokens < 1 or seq_len < 2:
         raise UsageError(f"At least 1 token in sequences of at least 2 is needed, not {tokens} in {seq_len}.")
@@ -153,7 +155,7 @@ def load_tokens(
     rows: list[list[int]] = []
     sources, documents = [], set()
     for index, (spec, count) in enumerate(zip(specs, shares, strict=True)):
-        draw = _Draw(spec.source, part, f"{seed}:{index}", shuffle)
+        draw = _Draw(spec.source, part, f"{seed}:{index}", shuffle, frozenset(without))
         ids, digests = _fill(tokenizer, draw, count * seq_len)
         _require_enough(spec, len(ids), count, seq_len)
         rows += [ids[start : start + seq_len] for start in range(0, count * seq_len, seq_len)]
@@ -185,16 +187,20 @@ class _Draw:
     part: Part
     seed: str
     shuffle: bool
+    without: frozenset[str]
 
     @property
     def name(self) -> str:
-        return f"{self.source}, {self.part} part" if self.source == BUILTIN_NAME else self.source
+        return f"{self.source}, {self.part} part" if self.source == BUILTIN_NAME or self.without else self.source
 
     @property
     def scanned(self) -> int:
         return _SCANNED_HUB_CHARACTERS if self.source.startswith(HUB_PREFIX) else _SCANNED_CHARACTERS
 
     def pieces(self) -> Iterator[Piece]:
+        return (piece for piece in self._all() if not self.without or piece.digest not in self.without)
+
+    def _all(self) -> Iterator[Piece]:
         if self.source == BUILTIN_NAME:
             return (piece for document in builtin_documents(self.part) for piece in cut(document))
         return read_pieces(self.source, random.Random(self.seed).randrange(2**31) if self.shuffle else None)

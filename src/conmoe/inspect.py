@@ -21,6 +21,8 @@ from conmoe.source import Source, check_compressible, open_source
 from conmoe.stream import BATCH_TOKENS
 from conmoe.types import UsageError
 
+#: Shares of the experts that every inspection looks at.
+USUAL_SHARES = (0.25, 0.5, 0.75)
 _BASELINE_BYTES = 400 * 2**20  # Python with torch and Transformers loaded, measured
 _PROBE = 512
 
@@ -103,7 +105,7 @@ def inspect(
     if keep:
         check_compressible(source)
     kept = experts_kept(parse_keep(keep), first.logical) if keep else None
-    shares = sorted({0.25, 0.5, 0.75, *((kept / first.logical,) if kept else ())})
+    shares = sorted({*USUAL_SHARES, *((kept / first.logical,) if kept else ())})
     owner = source.layout.parameter_of()
     prefixes = tuple(f"{layer.experts}." for layer in source.layers)
     routed = [entry for entry in source.entries.values() if owner.get(entry.name, "").startswith(prefixes)]

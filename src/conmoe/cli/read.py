@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def read_data(
     part: Any = "calibration",
     *,
     quiet: bool = False,
+    without: Collection[str] = (),
 ) -> TokenData:
     specs = read_specs(data)
     config = load_config(folder, trust_remote_code=trust_remote_code)
@@ -53,9 +54,26 @@ def read_data(
         seq_len=length,
         seed=seed,
         part=part,
-        shuffle=part == "calibration" or not specs,
+        shuffle=part == "calibration" or not specs or bool(without),
         vocab_size=config.vocab_size,
+        without=without,
     )
+
+
+def read_held_out(
+    folder: Path, own: list[str] | None, calibrated: TokenData, data: list[str] | None, tokens: int, **how: Any
+) -> TokenData:
+    """Text to measure on: what was named for it, or what ``data`` has beside the calibrated, or built-in text."""
+    if own or not data:
+        return read_data(folder, own, tokens, part="evaluation", **how)
+    try:
+        return read_data(folder, data, tokens, part="evaluation", without=calibrated.documents, **how)
+    except UsageError:
+        say(
+            f"--data has no {tokens:,} tokens beside those calibrated on: measuring on the evaluation part of the "
+            f"{BUILTIN_NAME}, which is other text; better give --eval-data."
+        )
+        return read_data(folder, None, tokens, part="evaluation", quiet=True, **how)
 
 
 def read_specs(data: list[str] | None, option: str = "--data") -> list[DataSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -38,6 +39,14 @@ def fidelity_table(title: str, rows: Sequence[tuple[str, str, Fidelity]]) -> Gro
     what = "KL and loss" if paired else "Loss"
     note = Text(f"{what} in nats per token; ± one standard error over sequences.", style="dim")
     return Group(Text(title, style="italic"), table, note)
+
+
+def held_out(fidelity: Fidelity, texts: Sequence[str]) -> str:
+    """What a measurement is about, as a title: how many tokens of which texts."""
+    from conmoe.documents import HUB_PREFIX
+
+    names = "; ".join(text if text.startswith(HUB_PREFIX) else PurePath(text).name for text in texts)
+    return f"{fidelity.tokens:,} held-out tokens: {names}" if names else f"{fidelity.tokens:,} held-out tokens"
 
 
 def runs_table(runs: Sequence[Run]) -> Group:

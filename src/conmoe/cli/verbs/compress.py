@@ -101,7 +101,11 @@ def compress(
     seed: Seed = 0,
     evaluate_data: Annotated[
         list[str] | None,
-        typer.Option("--eval-data", metavar="SPEC", help="Held-out text to measure on; by default built-in text."),
+        typer.Option(
+            "--eval-data",
+            metavar="SPEC",
+            help="Text to measure on; by default the rest of what --data names, or built-in text.",
+        ),
     ] = None,
     evaluate_tokens: Annotated[
         int, typer.Option("--eval-tokens", metavar="N", min=0, help="Tokens to measure on; 0 measures nothing.")
@@ -137,6 +141,7 @@ def compress(
         read_data,
         read_device,
         read_dtype,
+        read_held_out,
         read_mtp,
         read_options,
         read_request,
@@ -191,9 +196,8 @@ def compress(
     text = read_data(folder, data, settings.tokens, seq_len, seed, trust_remote_code)
     held_out = None
     if evaluate_tokens:
-        held_out = read_data(
-            folder, evaluate_data, evaluate_tokens, seq_len, seed, trust_remote_code, part="evaluation"
-        )
+        how = {"seq_len": seq_len, "seed": seed, "trust_remote_code": trust_remote_code}
+        held_out = read_held_out(folder, evaluate_data, text, data, evaluate_tokens, **how)
         notes.overlapping(held_out, text.documents)
     kept = work or out.with_name(out.name + ".work")
     result = conmoe.compress(
@@ -243,7 +247,7 @@ def _finish(out: Path, result: conmoe.Result, json: bool) -> None:
         console.emit(result.as_json())
     elif result.fidelity:
         rows = [(out.name, result.applied.form, result.fidelity)]
-        console.stdout.print(tables.fidelity_table(f"{result.fidelity.tokens:,} held-out tokens", rows))
+        console.stdout.print(tables.fidelity_table(tables.held_out(result.fidelity, result.held_out), rows))
     say(f"{out}: {tables.size(result.applied.bytes)} of {tables.size(result.applied.source_bytes)}.")
     if (page := out / "conmoe" / "report.html").is_file():
         say(f"The report is in {page}.")

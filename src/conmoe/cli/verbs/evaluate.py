@@ -142,6 +142,15 @@ def evaluate(
     if output and output.is_dir():
         raise conmoe.UsageError(f"--output {output} is a folder; name the file to write.")
     names = [name.strip() for text in tasks or [] for name in text.split(",") if name.strip()]
+    for option, given, wanted, there in (
+        ("--task-dir", task_dir, "--tasks", names),
+        ("--limit", limit, "--tasks", names),
+        ("--num-fewshot", num_fewshot, "--tasks", names),
+        ("--work", work, "--tasks", names),
+        ("--prompts", prompts, "--generate", generate),
+    ):
+        if given is not None and not there:
+            raise conmoe.UsageError(f"{option} is about {wanted}; give that too, or leave it out.")
     if names or generate or speed:
         refuse_several("evaluate with --tasks, --generate or --speed")
     elif no_fidelity:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import conmoe
 from conmoe.cli import console, tables
 from conmoe.cli.app import verb
-from conmoe.cli.arguments import ExpertParallel, FormName, Json, Model, Remote, ServeEngine, TensorParallel
+from conmoe.cli.arguments import ExpertParallel, Json, Model, Remote, ServeEngine, TensorParallel
+
+if TYPE_CHECKING:
+    from conmoe.inspect import Saving
 
 
 @verb()
@@ -19,7 +22,10 @@ def inspect(
     keep: Annotated[
         str, typer.Option(help="Look at this share (0.5, 50%) or count of experts too, and ask --serve about it.")
     ] = "",
-    form: FormName = None,
+    form: Annotated[
+        str,
+        typer.Option("--form", help="Which form --serve is asked about with --keep: sliced, shared or expanded."),
+    ] = "sliced",
     serve: ServeEngine = "",
     tp: TensorParallel = 1,
     ep: ExpertParallel = 1,
@@ -28,8 +34,8 @@ def inspect(
 ) -> None:
     """What a checkpoint is, and what compressing it would save. Reads headers only.
 
-    With --serve also whether an engine takes what --keep would leave (in the sliced form, unless --form says shared),
-    or without --keep the checkpoint itself; if not, the exit code is 2.
+    With --serve also whether an engine takes what --keep would leave, or without --keep the checkpoint itself; if not,
+    the exit code is 2. Most methods of compress write the shared form: ask about it by --form shared.
 
     Example: `conmoe inspect allenai/OLMoE-1B-7B-0125`, or `conmoe inspect MODEL --keep 0.5 --serve vllm --tp 2 --ep 4`
     """
@@ -69,7 +75,7 @@ def _show(model: str, found: conmoe.Inspection) -> None:
         *([("stored in low precision", found.quantisation)] if found.quantisation else []),
         ("size, in routed experts", f"{size(found.total_bytes)}, {found.routed_share:.1%}"),
         *(
-            (f"--keep {s.keep:.4g}", f"{s.experts} experts, {size(s.bytes)} (saves {size(s.saved_bytes)})")
+            (f"--keep {_typed(s)}", f"{s.experts} experts, {size(s.bytes)} (saves {size(s.saved_bytes)})")
             for s in found.savings
         ),
         ("legal counts, sliced form", tables.ranges(found.legal_sliced_counts)),
@@ -85,5 +91,13 @@ def _show(model: str, found: conmoe.Inspection) -> None:
         counts = " and ".join(map(str, dict.fromkeys((serving.counts[0], serving.counts[-1]))))
         verdict = "nothing against it" if not serving.findings else "takes it" if serving.accepted else "refuses it"
         rows.append((f"{serving.engine} {serving.version}, {counts} experts, {serving.form}", verdict))
-        rows += [("", warning.partition(": ")[2]) for warning in serving.warnings]
+        found_first = sorted(serving.findings, key=lambda each: each.level != "refuse")
+        rows += [("why" if each.level == "refuse" else "note", f"{each.sentence}.") for each in found_first]
     console.stdout.print(tables.facts(model, rows))
+
+
+def _typed(saving: Saving) -> str:
+    """What asks for as much: a usual share, or the count, which no rounding can change."""
+    from conmoe.inspect import USUAL_SHARES
+
+    return f"{saving.keep:g}" if saving.keep in USUAL_SHARES else str(saving.experts)

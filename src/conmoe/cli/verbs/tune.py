@@ -48,7 +48,11 @@ def tune(
     seed: Seed = 0,
     evaluate_data: Annotated[
         list[str] | None,
-        typer.Option("--eval-data", metavar="SPEC", help="Held-out text to measure on; by default built-in text."),
+        typer.Option(
+            "--eval-data",
+            metavar="SPEC",
+            help="Text to measure on; by default the rest of what --data names, or built-in text.",
+        ),
     ] = None,
     evaluate_tokens: Annotated[
         int, typer.Option("--eval-tokens", metavar="N", min=0, help="Tokens to measure on; 0 measures nothing.")
@@ -98,7 +102,7 @@ def tune(
     Example: `conmoe tune olmoe-condensed olmoe-tuned --data c4.jsonl --learning-rate 1e-4`
     """
     from conmoe.cli import notes
-    from conmoe.cli.read import read_data, read_device, read_dtype, read_specs
+    from conmoe.cli.read import read_data, read_device, read_dtype, read_held_out, read_specs
     from conmoe.tune import check
 
     folder = conmoe.locate(model)
@@ -127,9 +131,8 @@ def tune(
     text = read_data(folder, data, amount, seq_len, seed, trust_remote_code)
     held_out = None
     if evaluate_tokens:
-        held_out = read_data(
-            folder, evaluate_data, evaluate_tokens, seq_len, seed, trust_remote_code, part="evaluation"
-        )
+        how = {"seq_len": seq_len, "seed": seed, "trust_remote_code": trust_remote_code}
+        held_out = read_held_out(folder, evaluate_data, text, data, evaluate_tokens, **how)
         notes.overlapping(held_out, text.documents)
     tuned = conmoe.tune(folder, out, text, options, console.Bars(), against=source, held_out=held_out, force=force)
     if json:
@@ -137,7 +140,8 @@ def tune(
         return
     if tuned.before and tuned.after:
         rows = [("before", "", tuned.before), ("after", "", tuned.after)]
-        console.stdout.print(tables.fidelity_table(f"{tuned.after.tokens:,} held-out tokens", rows))
+        texts = [part.source for part in held_out.sources] if held_out else []
+        console.stdout.print(tables.fidelity_table(tables.held_out(tuned.after, texts), rows))
     moved = f"{tuned.tensors} tensors, {tables.quantity(tuned.parameters)} parameters"
     left = "; {:,} of {:,} rows or columns are left".format(*tuned.lines) if tuned.lines else ""
     say(f"{out}: {moved}, tuned in {tuned.steps} steps{left}.")
