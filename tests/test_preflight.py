@@ -47,7 +47,7 @@ SIDES = {
     ("vllm", "TensorRT-LLM kernels"): (case(FP8, 128), case(FP8, 130)),
     ("vllm", "more than a map"): (case(QWEN, 64, "shared"), case(QWEN, 64, "shared", departs=True)),
     ("vllm", "pools"): (case(QWEN, 64, "shared"), case(QWEN, 64, "shared", scope=2)),
-    ("vllm", "Phi-MoE"): (case(PHI, 8), case(PHI, 8, "shared")),
+    ("vllm", "Phi-MoE"): (case(PHI, 8, "shared"), case(PHI, 8)),
     ("vllm", "latent attention"): (case(GROUPED, 128), case(GROUPED, 128, "shared")),
     ("vllm", "parallel maps"): (case(QWEN, 64, "shared"), case(QWEN, 64, "shared", tp=2)),
     ("vllm", "budget"): (case(QWEN, 64, "shared"), case(QWEN, 64, "shared", uneven=True)),
