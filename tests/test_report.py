@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conmoe.portrait import Lost, load_portrait
 from conmoe.progress import SILENT
 from conmoe.report import plots
 from conmoe.report.gather import Figure, Findings, Run, gather
-from conmoe.report.write import VERDICTS, page, verdict
+from conmoe.report.write import VERDICTS, other_text, page, verdict
 from tests.commands import runner
 
 HOSTILE = '"><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">{{ 7 * 7 }}</title>&lt;'
@@ -196,6 +197,39 @@ def test_the_verdict_follows_its_rule(agreement):
     reached = [least for least, _ in VERDICTS if agreement >= least]
     assert words.endswith(dict(VERDICTS)[max(reached)])
     assert "50%" in words
+
+
+@pytest.mark.parametrize(
+    "other", [{"source_bytes": 80}, {"texts": ("code.txt",)}, {"facts": (("held-out tokens", "9"),)}]
+)
+def test_results_that_were_not_measured_alike_are_not_ranked(other):
+    def measured(name, kl, **changed):
+        same = {"source_bytes": 100, "texts": ("wiki.txt",), "facts": (("held-out tokens", "8"),)}
+        return Run(name, bytes=50, numbers={"kl": Figure(kl), "top1_agreement": Figure(0.9)}, **{**same, **changed})
+
+    alike, mixed = ([measured("a", 0.2), measured("b", 0.1, **changed)] for changed in ({}, other))
+    assert (plots.frontier(alike), plots.frontier(mixed)) == ((1,), ())
+    texts = [Page(page(Findings(tuple(runs)), "Both")).text for runs in (alike, mixed)]
+    for sign, expected in {
+        "not measured alike": 1,
+        "The closest of 2": 0,
+        "Filled: no other": 0,
+        "measured on": 1,
+    }.items():
+        assert [sign in text for text in texts] == [expected == 0, expected == 1]
+
+
+def test_a_verdict_names_its_text_and_tells_where_it_is_another():
+    run = Run(
+        "a",
+        numbers={"top1_agreement": Figure(0.3)},
+        texts=("built-in text, evaluation part",),
+        calibrated=("wiki.txt",),
+    )
+    assert "of built-in text, evaluation part" in verdict(run)
+    assert other_text(run) == "It was calibrated on other text: wiki.txt."
+    for texts in (("wiki.txt",), ("wiki.txt, evaluation part",), ()):
+        assert other_text(replace(run, texts=texts)) == ""
 
 
 def test_a_run_without_anything_is_a_page_too():

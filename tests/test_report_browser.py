@@ -157,12 +157,12 @@ def column(shown, number):
 @pytest.mark.parametrize("press", ["click", "Enter", "Space"])
 def test_tables_are_sorted_by_mouse_and_keyboard(visit, press):
     shown = visit()
-    heading = shown.locator("section").first.locator("table").first.locator("th").nth(6)
+    heading = shown.locator("section").first.locator("table").first.locator("th").nth(2)
     assert "KL" in heading.inner_text()
     for expected, state in ((sorted, "ascending"), (lambda values: sorted(values, reverse=True), "descending")):
         button = heading.locator("button")
         button.click() if press == "click" else button.press(press)
-        values = column(shown, 6)
+        values = column(shown, 2)
         assert len(values) == 3
         assert values == expected(values)
         assert heading.get_attribute("aria-sort") == state

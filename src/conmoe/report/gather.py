@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from conmoe.diagnosis import Diagnosis
 from conmoe.portrait import REPORT_JSON, Portrait, load_portrait
 from conmoe.report.bench import facts as bench_facts
-from conmoe.report.measured import number
+from conmoe.report.measured import number, text_names
 from conmoe.results import BENCH_JSON, Bench, Number, Row, load_bench
 from conmoe.types import ConmoeError, UsageError
 
@@ -49,6 +50,8 @@ class Run:
     numbers: Mapping[str, Figure] = field(default_factory=dict)  # of MEASURED
     domains: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)  # tasks, generation, speed, as they were written
+    texts: tuple[str, ...] = ()  # what it was measured on
+    calibrated: tuple[str, ...] = ()  # and calibrated on
     facts: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
     error: str = ""
@@ -59,6 +62,16 @@ class Run:
     def share(self) -> float | None:
         """Of the source's bytes."""
         return self.bytes / self.source_bytes if self.bytes and self.source_bytes else None
+
+    @property
+    def yardstick(self) -> tuple[object, ...]:
+        """What its numbers are relative to: source, texts and how much of them."""
+        return self.source_bytes, self.texts, dict(self.facts).get("held-out tokens")
+
+
+def comparable(runs: Sequence[Run]) -> bool:
+    """Whether the numbers of all runs that have some were taken in the same way."""
+    return len({run.yardstick for run in runs if run.numbers and not run.error}) <= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +183,7 @@ def bench_runs(bench: Bench) -> list[Run]:
             source_bytes=bench.source_bytes,
             numbers={name: _over_domains(row, keys, name) for name in MEASURED} if row.runs and not row.error else {},
             domains=domains,
+            texts=tuple(bench.evaluation),
             error=row.error or "",
         )
         found.append(run)
@@ -219,11 +233,23 @@ def _result(folder: Path, record: Mapping[str, Any]) -> Run:
         bytes=float(record["bytes"]),
         source_bytes=float(record["source_bytes"]),
         numbers=_figures(fidelity or {}),
+        texts=_own_texts(record, tuned) if fidelity else (),
+        calibrated=_names(record["calibration"]["data"]),
         facts=_facts(record, record["calibration"], fidelity, tuned),
         warnings=tuple(str(each["text"]) for each in record.get("warnings", ())),
         portrait=load_portrait(folder / RESULT.parent / REPORT_JSON),
         folder=folder.resolve(),
     )
+
+
+def _own_texts(record: Mapping[str, Any], tuned: Mapping[str, Any] | None) -> tuple[str, ...]:
+    given = (tuned.get("held_out") or {}).get("sources") if tuned else record.get("held_out")
+    return _names(given)
+
+
+def _names(texts: Any) -> tuple[str, ...]:
+    """Names of texts without how much of each there was."""
+    return tuple(re.sub(r": [\d,]+ sequences, weight \S+$", "", name) for name in text_names(texts))
 
 
 def _tuned(folder: Path) -> dict[str, Any] | None:
@@ -276,6 +302,7 @@ def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
                 form=each["form"],
                 keep=str(record["keep"]),
                 numbers=_figures(each),
+                texts=("built-in text",),
                 portrait=portrait,
                 facts=(("held-out tokens", f"{each['tokens']:,} in {each['sequences']:,} sequences"),),
                 **sizes,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from conmoe.portrait import LayerPortrait
-from conmoe.report.gather import Run
+from conmoe.report.gather import Run, comparable
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 34, 16, 54
@@ -40,7 +40,12 @@ class Scatter:
 
 
 def frontier(runs: Sequence[Run]) -> tuple[int, ...]:
-    """The runs, by index, than which no other is at most as large and at most as far, ordered by size."""
+    """The runs, by index, than which no other is at most as large and at most as far, ordered by size.
+
+    None where the runs were not measured alike.
+    """
+    if not comparable(runs):
+        return ()
     known = [(run.share or 0.0, run.numbers["kl"].value, index) for index, run in enumerate(runs) if drawable(run)]
     found: list[int] = []
     lowest = math.inf

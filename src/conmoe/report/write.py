@@ -16,7 +16,7 @@ from conmoe import __version__
 from conmoe.artifacts import write_atomic
 from conmoe.progress import Progress
 from conmoe.report import plots
-from conmoe.report.gather import Figure, Findings, Run, gather
+from conmoe.report.gather import Figure, Findings, Run, comparable, gather
 from conmoe.report.numbers import size, with_error
 from conmoe.types import UsageError
 
@@ -107,6 +107,8 @@ def page(found: Findings, title: str) -> str:
         domains=list(dict.fromkeys(name for run in found.runs for name in run.domains)),
         head=headline(found.runs),
         verdict=verdict,
+        other_text=other_text,
+        comparable=comparable(found.runs),
         scatter=plots.scatter(found.runs) if len(found.runs) > 1 else None,
         expert_map=plots.expert_map,
         picture=plots.similarity_picture,
@@ -133,7 +135,17 @@ def verdict(run: Run) -> str:
         return f"{size_now}: how close it is to the source was not measured."
     sure = agreement.value - (agreement.stderr or 0.0)
     words = next(words for least, words in VERDICTS if not sure < least)
-    return f"{size_now}, it prefers the source's next token {agreement.value:.0%} of the time. {words}"
+    text = f" of {', '.join(run.texts)}" if run.texts else ""
+    same = f"its most likely next token is the source's at {agreement.value:.0%} of the places{text}"
+    return f"{size_now}, {same}. {words}"
+
+
+def other_text(run: Run) -> str:
+    """A warning where a run was measured on text of another origin than it was calibrated on."""
+    measured, calibrated = ({name.split(", ")[0] for name in names} for names in (run.texts, run.calibrated))
+    if not measured or not calibrated or measured <= calibrated:
+        return ""
+    return f"It was calibrated on other text: {', '.join(run.calibrated)}."
 
 
 def number(figure: Figure | None, percent: bool = False) -> str:
