@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import conmoe
+from conmoe.evaluate.generation import _continue
 from conmoe.evaluate.health import agreed, distinct, repetition
+from conmoe.whole import load_whole
 from tests.commands import runner, write_text
 from tests.conftest import token_data
 from tests.families import save_tiny, tiny_tokenizer
@@ -82,6 +84,13 @@ def test_a_model_against_itself_writes_the_same(checkpoint, temperature):
     assert all(each == {"value": 0.0, "stderr": 0.0} for each in found["difference"].values())
     assert found["agreement"]["identical"]["value"] == 1.0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_temperature_draws_from_all_tokens(checkpoint):
+    """At a high one every token of the vocabulary is as likely as any other."""
+    options = conmoe.GenerationOptions(1, 1e6, batch_size=2048)
+    written = _continue(load_whole(checkpoint("olmoe")), [[5]] * 2048, options, 254, lambda done: None)
+    assert len({each.closed for each in written}) > 250
 
 
 def test_alone_there_is_nothing_to_differ_from(checkpoint):

@@ -100,7 +100,9 @@ def evaluate(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, rich_help_panel=_WRITING, help="How many tokens to write.")
     ] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, rich_help_panel=_WRITING, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, rich_help_panel=_WRITING, help="0 is greedy; above, all tokens are drawn from.")
+    ] = 0.0,
     speed: Annotated[
         bool,
         typer.Option(
