@@ -107,6 +107,11 @@ def test_prompts_are_lines_or_records(tmp_path):
     read = [tokenizer(text)["input_ids"] for text in ("one", "two words", "three")]
     assert conmoe.read_prompts(plain, tokenizer) == read[:2]
     assert conmoe.read_prompts(records, tokenizer) == read
+    breaks = "one\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029two"  # str.splitlines() splits at each
+    plain.write_bytes(f"{breaks}\r\n\r\nthree\r\n".encode())
+    records.write_bytes((json.dumps({"prompt": breaks}, ensure_ascii=False) + '\r\n"three"').encode())
+    assert conmoe.read_prompts(plain, tokenizer) == [tokenizer(text)["input_ids"] for text in (breaks, "three")]
+    assert conmoe.read_prompts(records, tokenizer) == conmoe.read_prompts(plain, tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     records.write_text('{"messages": [{"role": "user", "content": "one"}]}\n')
     assert conmoe.read_prompts(records, tokenizer) == [tokenizer("<user>one")["input_ids"]]

@@ -79,7 +79,8 @@ def read_prompts(file: Path, tokenizer: Any) -> list[list[int]]:
     """
     if not file.is_file():
         raise UsageError(f"--prompts {file} does not exist; it is a file with a prompt on each line.")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # not splitlines(), which also splits at characters that stand in texts and, unescaped, in JSON
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not lines:
         raise UsageError(f"--prompts {file} is empty; it is a file with a prompt on each line.")
     read = _record_ids if file.suffix == ".jsonl" else _text_ids
