@@ -173,7 +173,7 @@ def evaluate(
         parts.append(shown)
         if output and not Ranks.join().rank:
             output.parent.mkdir(parents=True, exist_ok=True)
-            conmoe.write_json(output, console.finite(record))
+            conmoe.write_json(output, record)
 
     name = Path(model).name
     if text and not no_fidelity:
