@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conmoe.moe import count_field
+from conmoe.source import open_source
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time, in a village by the sea,")
 NEW_TOKENS = 16
 CONTEXT, CHUNKS = 64, 8
 #: What two programs that compute in float32 may differ by, in nats; the file of ``llama-perplexity`` rounds to 16 bits.
 TOLERANCE = 5e-3
+#: The tensors that every layer with experts has in a GGUF file; some architectures keep gate and up in one.
+PARTS = ("ffn_gate_inp", "ffn_gate(?:_up)?_exps", "ffn_(?:gate_)?up_exps", "ffn_down_exps")
 #: A random model writes bytes that are no UTF-8; Transformers puts the same sign in their place.
 CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
 #: Run in a process of its own, with llama.cpp's tree first on the path.
@@ -134,8 +137,9 @@ def look(folder: Path, file: Path, tree: Path) -> dict[str, Any]:
             layers += "ffn_gate_inp.weight" in tensor.name
             if int(tensor.shape[-1]) != experts:
                 faults.append(f"{tensor.name} holds {int(tensor.shape[-1])} experts, not {experts}")
-    if not layers:
-        faults.append("no layer has a router")
+    source = open_source(folder)
+    held, depth = {layer.index for layer in source.layers}, source.config.num_hidden_layers
+    faults += layer_faults([tensor.name for tensor in reader.tensors], held, depth)
     return {
         "arch": arch,
         "experts": experts,
@@ -146,6 +150,20 @@ def look(folder: Path, file: Path, tree: Path) -> dict[str, Any]:
         "bytes": file.stat().st_size,
         "faults": faults,
     }
+
+
+def layer_faults(names: Sequence[str], held: Set[int], depth: int) -> list[str]:
+    """Where the layers with routers and experts are not those of the checkpoint, ``held`` of ``depth``.
+
+    Blocks from ``depth`` on are heads that predict further tokens, which the converter may leave out.
+    """
+    faults = []
+    for part in PARTS:
+        numbers = {int(found[1]) for name in names if (found := re.fullmatch(rf"blk\.(\d+)\.{part}\.weight", name))}
+        written = {number for number in numbers if number < depth}
+        if written != held:
+            faults.append(f"{part} is in layers {sorted(written)}, not {sorted(held)}")
+    return faults
 
 
 def run(folder: Path, file: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import platform
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import conmoe
+from conmoe.evaluate.paired import as_json, mean
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = {
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.worker:
         row = measure(options.worker, options.models[0], options.source, options)
-        Path(options.output).write_text(json.dumps(row))
+        conmoe.write_json(options.output, row)
         return 0
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for model in options.models:
-            rows.append({"recipe": "none"} | _measured_apart("none", model, model, options))
+            rows.append({"recipe": "none", "model": model.name} | _measured_apart("none", model, model, options))
             for package in options.packages:
                 if importlib.util.find_spec(package) is not None:
                     recipes = [recipe for recipe in RECIPES[package] if recipe in (options.recipes or RECIPES[package])]
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = _merged(options.output, rows, options)
     print(table(report["rows"]))
     if options.output:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        conmoe.write_json(options.output, report)
     return 0 if all(row["ok"] for row in rows) else 1
 
 
@@ -78,7 +78,7 @@ def run(package: str, recipe: str, model: Path, work: Path, options: argparse.Na
         command += ["--group-size", str(options.group_size)]
     print(" ".join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
-    name = {"recipe": f"{package} {recipe}"}
+    name = {"recipe": f"{package} {recipe}", "model": model.name}
     if done.returncode:
         return name | _failed(model, done.stderr or done.stdout)
     return name | _measured_apart(package, out, model, options)
@@ -93,7 +93,7 @@ def _measured_apart(package: str, out: Path, model: Path, options: argparse.Name
         if done.returncode:
             return _failed(model, done.stderr)
         row: dict[str, Any] = json.loads(answer.read_text())
-        print(table([{"recipe": package, **row}]).splitlines()[-1], flush=True)
+        print(table([{"recipe": package, "model": model.name, **row}]).splitlines()[-1], flush=True)
         return row
 
 
@@ -143,11 +143,7 @@ def distance(first: Any, second: Any, ids_NS: Tensor) -> dict[str, Any]:
         columns["top1_agreement"].append((p_SV.argmax(-1) == q_SV.argmax(-1)).double().mean().item())
         losses = [-logp_SV[:-1].gather(1, ids_S[1:, None]).double().mean().item() for logp_SV in (p_SV, q_SV)]
         columns["excess_loss"].append(losses[1] - losses[0])
-    return {name: _mean(torch.tensor(values)) for name, values in columns.items()}
-
-
-def _mean(values_N: Tensor) -> dict[str, float]:
-    return {"value": values_N.mean().item(), "stderr": values_N.std().item() / math.sqrt(len(values_N))}
+    return {name: as_json(mean(values)) for name, values in columns.items()}
 
 
 def on_disk(out: Path, model: Path) -> dict[str, Any]:
@@ -199,9 +195,9 @@ def _merged(output: Path | None, rows: list[dict[str, Any]], options: argparse.N
     text = Path(options.data).name
     rows = [{**row, "source": options.source.name, "text": text, "versions": versions} for row in rows]
     old = json.loads(output.read_text())["rows"] if output and output.exists() else []
-    keys = ("recipe", "form", "source")
-    new = {tuple(row[key] for key in keys) for row in rows}
-    return {"rows": [row for row in old if tuple(row[key] for key in keys) not in new] + rows}
+    keys = ("recipe", "form", "model", "source")  # rows of the first runs name no model
+    new = {tuple(row.get(key) for key in keys) for row in rows}
+    return {"rows": [row for row in old if tuple(row.get(key) for key in keys) not in new] + rows}
 
 
 def _version(name: str) -> str | None:
@@ -214,25 +210,29 @@ def _version(name: str) -> str | None:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table; KL in nats per token, ± one standard error."""
     lines = [
-        "| recipe | form | MB | share of source | experts in low precision | KL from source | agreement with source "
-        "| KL from unquantised | generates |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "| recipe | model | form | MB | share of source | experts in low precision | KL from source "
+        "| agreement with source | KL from unquantised | generates |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
+        cells = [row["recipe"], row.get("model", ""), row["form"]]
         if "error" in row:
-            lines.append(f"| {row['recipe']} | {row['form']} | failed: {row['error'][:80]} | | | | | | no |")
+            lines.append("| " + " | ".join(cells) + f" | failed: {row['error'][:80]} | | | | | | no |")
             continue
         source, own = row["from_source"], row.get("from_unquantised")
-        cells = [row["recipe"], row["form"], f"{row['bytes'] / 1e6:.3f}", f"{row['share_of_source']:.1%}"]
+        cells += [f"{row['bytes'] / 1e6:.3f}", f"{row['share_of_source']:.1%}"]
         cells += [f"{row['experts_low_precision']:.1%}", _plain(source["kl"], 4)]
-        cells += [_plain({key: 100 * value for key, value in source["top1_agreement"].items()}, 2) + " %"]
+        cells += [_plain(source["top1_agreement"], 2, 100) + " %"]
         cells += [_plain(own["kl"], 5) if own else "", "yes" if row["generated"] else "no"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _plain(number: dict[str, float], digits: int) -> str:
-    return f"{number['value']:.{digits}f} ± {number['stderr']:.{digits}f}"
+def _plain(number: dict[str, float | None], digits: int, scale: float = 1) -> str:
+    value, error = number["value"], number["stderr"]
+    if value is None:
+        return "-"
+    return f"{scale * value:.{digits}f}" + ("" if error is None else f" ± {scale * error:.{digits}f}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -247,7 +247,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    names = [model.name for model in options.models]
+    if not options.worker and len({*names}) < len(names):
+        parser.error("models of one name; rows are told apart by the names of folders")
+    return options
 
 
 if __name__ == "__main__":

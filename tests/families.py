@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -164,4 +166,13 @@ def save_tiny(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = tor
     """Write :func:`tiny_model` and :func:`tiny_tokenizer` to ``folder`` as a published checkpoint would be."""
     tiny_model(family, seed, dtype, **overrides).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def with_loud_head(source: Path, folder: Path, factor: float) -> Path:
+    """A copy of a checkpoint whose logits are ``factor`` times as far apart."""
+    shutil.copytree(source, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": factor * tensors["lm_head.weight"]}, file, metadata={"format": "pt"})
     return folder

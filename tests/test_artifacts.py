@@ -19,6 +19,17 @@ from conmoe.artifacts import LABEL, building, checkpoint_fingerprint, fingerprin
 from conmoe.types import LayerPlan, LayerStatistics, Plan, ScopePlan, TokenSample, sample_tensors
 
 
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_json_file_holds_no_number_that_is_not_finite(tmp_path):
+    value = {"a": [math.nan, (math.inf, -math.inf, 1.5)], "b": {1: math.nan, "c": True}, "d": 1e308, "e": None}
+    artifacts.write_json(tmp_path / "value.json", value)
+    found = json.loads((tmp_path / "value.json").read_text(), parse_constant=refuse_constant)
+    assert found == {"a": [None, [None, None, 1.5]], "b": {"1": None, "c": True}, "d": 1e308, "e": None}
+
+
 def layer_plan(E: int = 6, K: int = 3, **fields) -> LayerPlan:
     mixing = torch.zeros(K, E, dtype=torch.float64)
     mixing[:, :K] = torch.eye(K)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from functools import cache
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import conmoe
 from conmoe.allocate import parse_counts, spread
 from conmoe.artifacts import read_layer, read_tokens
-from conmoe.budgets.evoesap import MEASURED, esap, overlap
+from conmoe.budgets.evoesap import MEASURED, _remembered, esap, overlap
 from conmoe.observe import IMPLEMENTATION
 from conmoe.preview import preview
 from conmoe.search import Space, apportion, evolve, first_population, mutate
@@ -465,6 +466,18 @@ def test_evoesap_finds_at_least_the_best_it_begins_with(method, planned, tmp_pat
     assert found >= measured["4,4,4,4"]
     again = planned(method=method, budget="evoesap", budget_options=SMALL, keep="0.5")
     assert sizes(again) == sizes(plan)
+
+
+def test_a_fitness_that_is_no_number_is_not_measured_again(tmp_path):
+    asked = []
+
+    def fitness(counts):
+        asked.append(counts)
+        return math.nan
+
+    for _ in range(2):
+        assert math.isnan(_remembered(fitness, tmp_path)((4, 4)))
+    assert len(asked) == 1
 
 
 def test_evoesap_works_around_protected_experts_and_in_scopes(planned):

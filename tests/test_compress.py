@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import conmoe
 from tests.commands import OWN, main_until, runner, tree, write_text
 from tests.conftest import token_data
+from tests.families import with_loud_head
 
 SMALL = ("--tokens", "512", "--seq-len", "32", "--eval-tokens", "256", "--sample", "128")
 RESULTS = "conmoe/results.json"
@@ -89,6 +90,26 @@ def test_the_chain_ends_with_a_model_its_plan_and_what_it_cost(checkpoint, tmp_p
     assert conmoe.calibration_documents(tmp_path / "half") == ("document",)
     again = conmoe.evaluate(tmp_path / "half", token_data(4, 24, seed=9), against=checkpoint("olmoe"))
     assert again == result.fidelity
+
+
+def test_what_is_not_finite_is_null_and_the_rest_is_read(checkpoint, tmp_path, run):
+    """A source so sure of itself that its perplexity is no float any more."""
+    loud, out = with_loud_head(checkpoint("olmoe"), tmp_path / "loud", 1e6), tmp_path / "out"
+    done = run("compress", loud, out, "--keep", 0.5, *SMALL)
+    assert done.code == 0, done.err
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    written = json.loads((out / RESULTS).read_text(), parse_constant=refuse)
+    assert written["fidelity"]["perplexity"] == {"value": None, "stderr": None}
+    assert written["fidelity"]["kl"]["value"] > 0
+    assert "KL" in (out / "README.md").read_text()
+    assert run("report", out, "--output", tmp_path / "report.html").code == 0
+    evaluation = tmp_path / "evaluation.json"
+    assert run("evaluate", out, "--against", loud, "--tokens", 256, "--seq-len", 32, "--output", evaluation).code == 0
+    assert json.loads(evaluation.read_text(), parse_constant=refuse)["perplexity"]["value"] is None
+    assert run("report", out, evaluation, "--output", tmp_path / "both.html").code == 0
 
 
 def test_results_say_how_the_plan_was_refined_and_on_what_it_was_measured(checkpoint, tmp_path):

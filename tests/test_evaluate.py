@@ -9,14 +9,18 @@ import subprocess
 import sys
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import conmoe
+from conmoe.evaluate.paired import difference, mean, weighted
 from tests.commands import write_text
 from tests.conftest import token_data
-from tests.families import EXPERTS, save_tiny
+from tests.families import EXPERTS, save_tiny, with_loud_head
 
 DATA = token_data(sequences=5, seq_len=40, seed=3)
 
@@ -92,6 +96,35 @@ def test_alone_a_model_has_a_loss_and_nothing_to_compare(checkpoint):
     assert found.loss == conmoe.evaluate(checkpoint("olmoe"), DATA, against=checkpoint("olmoe")).loss
     assert not any((found.kl, found.top1_agreement, found.excess_loss, found.source_loss, found.source_bytes))
     assert found.as_json()["kl"] is None
+
+
+def test_a_loss_beyond_all_floats_has_an_infinite_perplexity(checkpoint, tmp_path):
+    loud = with_loud_head(checkpoint("olmoe"), tmp_path / "loud", 1e6)
+    found = conmoe.evaluate(loud, DATA, against=checkpoint("olmoe"))
+    assert 709 < found.loss.value < math.inf
+    assert found.perplexity.value == math.inf
+    assert math.isnan(found.perplexity.stderr)
+
+
+LARGE = st.lists(st.floats(), min_size=1, max_size=6)
+
+
+@given(LARGE)
+@example([math.inf, -math.inf])
+@example([1e200, -1e200])
+@example([1e308, 1e308])
+def test_means_answer_for_all_numbers(values):
+    expected = np.array(values)
+    with np.errstate(all="ignore"):
+        value = expected.mean()
+    found = mean(values)
+    if np.isfinite(value) and np.abs(expected).max() < 1e100:
+        assert found.value == pytest.approx(value, abs=1e-9 * np.abs(expected).max())
+    elif math.isnan(value):
+        assert math.isnan(found.value)
+    assert not found.stderr < 0
+    difference(values, values[::-1])
+    assert math.isnan(found.stderr) or not weighted([found] * len(values), [1.0] * len(values)).stderr < 0
 
 
 def test_one_sequence_has_no_standard_error(checkpoint):

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import conmoe
+from conmoe.evaluate.generation import _continue
 from conmoe.evaluate.health import agreed, distinct, repetition
+from conmoe.whole import load_whole
 from tests.commands import runner, write_text
 from tests.conftest import token_data
 from tests.families import save_tiny, tiny_tokenizer
@@ -84,6 +86,13 @@ def test_a_model_against_itself_writes_the_same(checkpoint, temperature):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_temperature_draws_from_all_tokens(checkpoint):
+    """At a high one every token of the vocabulary is as likely as any other."""
+    options = conmoe.GenerationOptions(1, 1e6, batch_size=2048)
+    written = _continue(load_whole(checkpoint("olmoe")), [[5]] * 2048, options, 254, lambda done: None)
+    assert len({each.closed for each in written}) > 250
+
+
 def test_alone_there_is_nothing_to_differ_from(checkpoint):
     found = conmoe.evaluate_generation(checkpoint("olmoe"), PROMPTS[:1], options=OPTIONS)
     assert (found["source"], found["difference"], found["agreement"]) == (None, None, None)
@@ -98,6 +107,11 @@ def test_prompts_are_lines_or_records(tmp_path):
     read = [tokenizer(text)["input_ids"] for text in ("one", "two words", "three")]
     assert conmoe.read_prompts(plain, tokenizer) == read[:2]
     assert conmoe.read_prompts(records, tokenizer) == read
+    breaks = "one\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029two"  # str.splitlines() splits at each
+    plain.write_bytes(f"{breaks}\r\n\r\nthree\r\n".encode())
+    records.write_bytes((json.dumps({"prompt": breaks}, ensure_ascii=False) + '\r\n"three"').encode())
+    assert conmoe.read_prompts(plain, tokenizer) == [tokenizer(text)["input_ids"] for text in (breaks, "three")]
+    assert conmoe.read_prompts(records, tokenizer) == conmoe.read_prompts(plain, tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     records.write_text('{"messages": [{"role": "user", "content": "one"}]}\n')
     assert conmoe.read_prompts(records, tokenizer) == [tokenizer("<user>one")["input_ids"]]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import conmoe
-from conmoe.evaluate.speed import SpeedOptions, _ids
+from conmoe.evaluate.speed import _MEMORY, SpeedOptions, _ids, _ratios, _side
 from conmoe.evaluate.timing import memory
 from tests.commands import runner, write_text
 from tests.conftest import token_data
@@ -34,12 +34,34 @@ def test_models_take_turns_in_processes_of_their_own(checkpoint, tmp_path, capsy
         for name in ("prefill", "decode"):
             each = found[side][name]
             assert 0 < each["low"] <= each["value"] <= each["high"]
-            assert each["stderr"] >= 0
+            assert each["stderr"] is None  # one turn
     sides = (found["model"], found["source"])
     for name in ("weights", "resident", "peak"):
         assert found["ratio"][name]["value"] == pytest.approx(sides[0][name]["value"] / sides[1][name]["value"])
     assert found["ratio"]["weights"]["value"] < 0.8
     assert found["ratio"]["decode"]["stderr"] is None  # one turn
+
+
+def turn(*seconds):
+    return {name: list(seconds) for name in ("prefill_seconds", "decode_seconds")} | dict.fromkeys(_MEMORY, 8)
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 50])
+def test_turns_are_the_units_however_many_runs_each_has(repeats):
+    options = SpeedOptions(batch=1, prompt=100, new=100)
+    turns = [turn(*[1.0] * repeats), turn(*[2.0] * repeats)]
+    found = _side(turns, options)
+    assert found["decode"] == pytest.approx({"value": 75.0, "stderr": 25.0, "low": 50.0, "high": 100.0})
+    assert found["peak"] == {"value": 8.0, "stderr": 0.0, "low": 8.0, "high": 8.0}
+    assert _side(turns[:1], options)["decode"]["stderr"] is None
+    ratios = _ratios({"model": turns, "source": turns[:1] * 2}, options)
+    assert ratios["decode"] == pytest.approx({"value": 0.75, "stderr": 0.25, "low": 0.5, "high": 1.0})
+
+
+def test_the_median_of_a_turn_does_not_see_a_disturbed_run_but_the_range_does():
+    options = SpeedOptions(batch=1, prompt=100, new=100)
+    found = _side([turn(1.0, 1.0, 10.0), turn(1.0, 1.0, 1.0)], options)
+    assert found["prefill"] == pytest.approx({"value": 100.0, "stderr": 0.0, "low": 10.0, "high": 100.0})
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = "--hidden 16 --layers 2 --heads 2 --experts 8 --width 8 --top-k 2 --vocab 300 --seq-len 16 --batch 16"
 
 
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def example(name, folder="examples"):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES.parent / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -7,7 +7,6 @@ beyond it, is an error there, or a file that no engine loads.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -19,9 +18,11 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 import conmoe
+from conmoe.source import open_source
 from tests.conftest import Checkpoint
-from tests.families import EXPERTS, TINY, TOP_K
+from tests.families import EXPERTS, TINY, TOP_K, save_tiny
 from tests.results import on_disk
+from tests.test_examples import example
 
 KEEP = 4
 #: Where its converter looks for counts, in its order: ``find_hparam`` in ``conversion/base.py``, and ``ernie.py``.
@@ -104,16 +105,28 @@ def test_a_shared_checkpoint_does_not_pass_for_a_stock_one(
     assert config["model_type"] == "conmoe_olmoe"
 
 
+@pytest.mark.parametrize("parts", [("gate_exps", "up_exps"), ("gate_up_exps",)])
+def test_a_file_without_a_layer_of_the_checkpoint_is_at_fault(parts: tuple[str, ...], tmp_path: Path):
+    """Of three layers the first is dense; one more beyond them is a head that predicts further tokens."""
+    check = example("gguf_check", "benchmarks")
+    source = open_source(save_tiny("deepseek_v3", tmp_path / "model", num_hidden_layers=3, first_k_dense_replace=1))
+    held = {layer.index for layer in source.layers}
+    assert held == {1, 2}
+    dense = [f"blk.0.ffn_{part}.weight" for part in ("gate", "up", "down")]
+    moe = [f"blk.{n}.ffn_{part}.weight" for n in (1, 2) for part in ("gate_inp", "down_exps", *parts)]
+    others = ["blk.1.ffn_gate_inp_shexp.weight", "blk.2.exp_probs_b.bias", "blk.3.ffn_gate_inp.weight"]
+    assert check.layer_faults([*dense, *moe, *others], held, 3) == []
+    for name in moe:
+        assert check.layer_faults([*dense, *(each for each in moe if each != name), *others], held, 3), name
+    assert check.layer_faults([*moe, "blk.0.ffn_gate_inp.weight"], held, 3)
+    assert len(check.layer_faults(dense, held, 3)) == len(check.PARTS)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("CONMOE_LLAMA_CPP" not in os.environ, reason="CONMOE_LLAMA_CPP names no source tree of llama.cpp")
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
 def test_its_converter_takes_it_and_the_file_tells_the_truth(family: str, sliced: Checkpoint, tmp_path: Path):
-    file = Path(__file__).parent.parent / "benchmarks" / "gguf_check.py"
-    spec = importlib.util.spec_from_file_location("gguf_check", file)
-    assert spec is not None
-    assert spec.loader is not None
-    check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check)
+    check = example("gguf_check", "benchmarks")
     words = [str(sliced(family)), "--llama-cpp", os.environ["CONMOE_LLAMA_CPP"], "--pre", "gpt-2"]
     try:
         assert check.main([*words, "--output", str(tmp_path / "found.json")]) == 0

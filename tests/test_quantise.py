@@ -5,12 +5,16 @@ Each half runs where its package is installed: torchao, llm-compressor.
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import conmoe
+from tests.conftest import token_data
 from tests.results import on_disk
 from tests.test_examples import example
 
@@ -52,6 +56,47 @@ def check(plain, out, load):
         assert model.generate(input_ids=ids[:1], max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
     error = (ours - theirs).norm() / ours.norm()
     assert 0 < error < 0.2  # an expert or a scale in the wrong place gives about 1
+
+
+def test_rows_of_two_models_of_one_form_stand_side_by_side(tmp_path, checkpoint, capsys):
+    """Each replaces its own, and rows of the first runs, which name no model, stay as they are."""
+    script, file = example("quantised", "benchmarks"), tmp_path / "rows.json"
+    words = [str(checkpoint("olmoe")), "--data", "text.txt", "--output", str(file), "--models", "a", "b"]
+    options = script._parse(words)
+
+    def told(model, size):
+        numbers = {name: {"value": 0.5, "stderr": None} for name in ("kl", "top1_agreement")}
+        sizes = {"bytes": size, "share_of_source": 0.5, "experts_low_precision": 1.0}
+        named = {"model": model} if model else {}
+        return {"recipe": "none", **named, "form": "sliced", "generated": "a", "from_source": numbers, **sizes}
+
+    old = {**told(None, 1), "source": options.source.name}
+    conmoe.write_json(file, {"rows": [old]})
+    for model, size in (("a", 2), ("b", 3), ("a", 4)):
+        report = script._merged(file, [told(model, size)], options)
+        conmoe.write_json(file, report)
+    assert [(row.get("model"), row["bytes"]) for row in report["rows"]] == [(None, 1), ("b", 3), ("a", 4)]
+    lines = script.table(report["rows"]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| 0.5000 |" in lines[-1]
+    with pytest.raises(SystemExit):
+        script._parse([*words, "elsewhere/a"])
+    recorded = json.loads(Path("benchmarks/results-quantised.json").read_text())["rows"]
+    assert len(script.table(recorded).splitlines()) == 2 + len(recorded)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_distance_is_that_of_conmoe_evaluate_and_has_no_error_of_one_sequence(
+    sequences, checkpoint, calibrated, tmp_path
+):
+    script, data = example("quantised", "benchmarks"), token_data(sequences, 24)
+    half = compressed("olmoe", "reap", "sliced", checkpoint, calibrated, tmp_path / "half")
+    source, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (checkpoint("olmoe"), half))
+    found = script.distance(source, model, data.ids_NS)
+    expected = conmoe.evaluate(half, data, against=checkpoint("olmoe")).as_json()
+    for name, number in found.items():
+        assert number == pytest.approx(expected[name], abs=1e-5), name
+    assert (found["kl"]["stderr"] is None) == (sequences == 1)
 
 
 @pytest.mark.parametrize("recipe", ["int8-weight-only", "fp8-weight-only"])

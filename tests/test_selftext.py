@@ -17,7 +17,7 @@ SMALL = {"tokens": 300, "length": 24, "batch": 8}
 
 
 def documents(folder):
-    return [json.loads(line) for line in (folder / selftext.TEXT).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / selftext.TEXT).read_text(encoding="utf-8").split("\n") if line]
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(tmp_path):
@@ -59,6 +59,21 @@ def test_a_killed_run_goes_on_to_the_same_text(tmp_path):
     )
     assert resumed.read_bytes() == whole
     assert set(watched) == {stamp}
+
+
+def test_a_killed_run_goes_on_after_texts_with_line_separators(tmp_path):
+    """JSON leaves U+2028 and U+0085 as they are, and so does a run that reads what was written before."""
+
+    def stop(tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conmoe.write_text(demo_model(), tmp_path / "out", advance=stop, **SMALL)
+    (begun,) = (tmp_path / "out.partial").glob("0*.jsonl")
+    line = {"text": "one\u2028two\x85three", "tokens": 300}
+    begun.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    conmoe.write_text(demo_model(), tmp_path / "out", **SMALL)
+    assert documents(tmp_path / "out") == [line]
 
 
 def test_first_tokens_are_distributed_as_the_model_says(tmp_path):

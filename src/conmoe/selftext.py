@@ -81,7 +81,8 @@ def write_text(
                 write_atomic(
                     file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines if line["text"])
                 )
-            count = sum(json.loads(line)["tokens"] for line in file.read_text(encoding="utf-8").splitlines())
+            with file.open(encoding="utf-8") as stream:  # splitlines() would split at U+2028 within a text
+                count = sum(json.loads(line)["tokens"] for line in stream)
             if not count and number >= 2:
                 raise UsageError(f"{model} ends every document at once; give text (--data).")
             written, number = written + count, number + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -128,7 +129,8 @@ class _Remembered:
 
     def __init__(self, measure: LastHidden, work: Path | None) -> None:
         self._measure, self._file = measure, work and work / MEASURED
-        self._known = json.loads(self._file.read_text()) if self._file and self._file.is_file() else {}
+        kept = json.loads(self._file.read_text()) if self._file and self._file.is_file() else {}
+        self._known = {name: math.nan if value is None else value for name, value in kept.items()}
 
     def __call__(self, chosen: Order, candidates: Sequence[int]) -> dict[int, float]:
         names = {layer: ",".join(map(str, sorted((*chosen, layer)))) for layer in candidates}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -130,7 +131,8 @@ def overlap(one_SV: Tensor, other_SV: Tensor) -> Tensor:
 def _remembered(fitness: Callable[[Counts], float], work: Path | None) -> Callable[[Counts], float]:
     """``fitness``, each candidate once, also over runs if there is a folder."""
     file = work and work / MEASURED
-    known: dict[str, float] = json.loads(file.read_text()) if file and file.is_file() else {}
+    kept = json.loads(file.read_text()) if file and file.is_file() else {}
+    known: dict[str, float] = {name: math.nan if value is None else value for name, value in kept.items()}
 
     def remembered(counts: Counts) -> float:
         name = ",".join(map(str, counts))

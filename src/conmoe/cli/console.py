@@ -72,14 +72,6 @@ def say(text: str) -> None:
 
 def emit(value: Any) -> None:
     """One JSON object on standard output; numbers that are not finite become null, as JSON has no NaN."""
+    from conmoe.artifacts import finite  # stands on torch, which --help does without
+
     sys.stdout.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value

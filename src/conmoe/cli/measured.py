@@ -73,7 +73,7 @@ def generation_table(record: Mapping[str, Any]) -> Group:
 
 
 def speed_table(record: Mapping[str, Any]) -> Group:
-    """Tokens per second (t/s) and bytes, as the median and its range, and the model's share of the source's."""
+    """Tokens per second (t/s) with their range, bytes, and the model's share of the source's."""
     paired = record["source"] is not None
     sides = ("source", "model") if paired else ("model",)
     table = _table("", *sides, *(("ratio",) if paired else ()))
@@ -87,10 +87,9 @@ def speed_table(record: Mapping[str, Any]) -> Group:
         f"{record['batch']} x {record['prompt']} prompt and {record['new']} new tokens on {record['device']}, "
         f"{record['threads']} threads, {record['dtype']}"
     )
-    runs = record["turns"] * record["repeats"]
     note = (
-        f"t/s: tokens per second. Median of {runs} runs (lowest to highest) in {record['turns']} processes of each "
-        "model, which took turns"
+        f"t/s: tokens per second. Mean of {record['turns']} processes of each model, which took turns, of the median "
+        f"of {record['repeats']} runs in each (lowest to highest run)"
     )
     libraries = record["model"]["libraries"]["value"]
     note += f"; {size(libraries)} of the memory are Python and its libraries" if libraries else ""

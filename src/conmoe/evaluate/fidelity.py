@@ -198,7 +198,7 @@ def _summary(rows: Tensor, seq_len: int, sources: list[Source]) -> Fidelity:
         "tokens": len(rows) * seq_len,
         "sequences": len(rows),
         "loss": mean,
-        "perplexity": Measured(math.exp(mean.value), math.exp(mean.value) * mean.stderr),
+        "perplexity": _perplexity(mean),
         "parameters": sizes[0][0],
         "bytes": sizes[0][1],
     }
@@ -218,6 +218,15 @@ def _measured(values: Tensor) -> Measured:
     n = len(values)
     stderr = float(values.std(unbiased=True) / math.sqrt(n)) if n > 1 else math.nan
     return Measured(float(values.mean()), stderr)
+
+
+def _perplexity(loss: Measured) -> Measured:
+    """``exp`` of a loss and the error that follows; infinite above 709 nats, where a float ends."""
+    try:
+        value = math.exp(loss.value)
+    except OverflowError:
+        return Measured(math.inf, math.nan)
+    return Measured(value, value * loss.stderr)
 
 
 def _size(source: Source) -> tuple[int, int]:

@@ -29,7 +29,7 @@ CUT_TOKENS, CUT_PROMPTS = 32, 32
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How long, how random (0: greedy), how many prompts of one length at a time."""
+    """How long, how random (0: greedy; above, all tokens are drawn from), how many prompts of one length at a time."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -79,7 +79,8 @@ def read_prompts(file: Path, tokenizer: Any) -> list[list[int]]:
     """
     if not file.is_file():
         raise UsageError(f"--prompts {file} does not exist; it is a file with a prompt on each line.")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # not splitlines(), which also splits at characters that stand in texts and, unescaped, in JSON
+    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not lines:
         raise UsageError(f"--prompts {file} is empty; it is a file with a prompt on each line.")
     read = _record_ids if file.suffix == ".jsonl" else _text_ids
@@ -167,13 +168,15 @@ def _continue(
     ends = loaded.generation_config.eos_token_id
     ends = loaded.config.eos_token_id if ends is None else ends
     stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:  # what is left open, Transformers fills in: only the 50 likeliest tokens
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
     # In place of the checkpoint's own: its penalties and sampling would hide the very loops that are looked for.
     loaded.generation_config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         eos_token_id=sorted(stops) or None,
         pad_token_id=pad,
-        **({"do_sample": False} | sampling),
+        **sampling,
     )
     found: list[Written | None] = [None] * len(prompts)
     for batch in _batches(prompts, options.batch_size):

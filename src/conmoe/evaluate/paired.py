@@ -27,15 +27,16 @@ class Discordant:
 def mean(values: Sequence[float]) -> Measured:
     """The mean and its standard error: the sample's standard deviation (``n - 1``) over ``sqrt(n)``.
 
-    The error of one value is not known (NaN), the mean of none neither.
+    The error of one value is not known (NaN), the mean of none neither. What is too large for a float is infinite, and
+    the mean of infinities that contradict each other NaN.
     """
     n = len(values)
     if not n:
         return Measured(math.nan, math.nan)
-    value = math.fsum(values) / n
+    value = _sum(values) / n
     if n == 1:
         return Measured(value, math.nan)
-    variance = math.fsum((each - value) ** 2 for each in values) / (n - 1)
+    variance = _sum([(each - value) * (each - value) for each in values]) / (n - 1)
     return Measured(value, math.sqrt(variance / n))
 
 
@@ -47,9 +48,16 @@ def difference(model: Sequence[float], source: Sequence[float]) -> Measured:
 def weighted(parts: Sequence[Measured], weights: Sequence[float]) -> Measured:
     """``sum w m / sum w`` of independent means, with the error that follows from theirs."""
     total = math.fsum(weights)
-    value = math.fsum(w * part.value for w, part in zip(weights, parts, strict=True)) / total
-    error = math.sqrt(math.fsum((w * part.stderr) ** 2 for w, part in zip(weights, parts, strict=True))) / total
-    return Measured(value, error)
+    value = _sum([w * part.value for w, part in zip(weights, parts, strict=True)]) / total
+    errors = [w * part.stderr for w, part in zip(weights, parts, strict=True)]
+    return Measured(value, math.sqrt(_sum([error * error for error in errors])) / total)
+
+
+def _sum(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # beyond the largest float, or infinities of both signs
+        return sum(values)
 
 
 def discordant(model: Sequence[float], source: Sequence[float]) -> Discordant | None:

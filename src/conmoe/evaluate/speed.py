@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conmoe.evaluate.paired import mean
+from conmoe.evaluate.paired import as_json, mean
 from conmoe.parallel import refuse_several
 from conmoe.progress import SILENT, Progress
 from conmoe.types import ConmoeError, UsageError
@@ -73,8 +73,9 @@ def evaluate_speed(
         progress: where the turns report to.
 
     Returns:
-        ``model``, ``source`` and ``ratio`` (model / source): the median, the lowest and the highest, and the standard
-        error of the mean over timed runs (of a ratio: over turns); how it was measured, and ``units``.
+        ``model``, ``source`` and ``ratio`` (model / source, turn by turn): the mean over turns and its standard error,
+        null for one turn, the lowest and the highest; how it was measured, and ``units``. A speed of a turn is the
+        median of its timed runs; the lowest and the highest are of all runs.
     """
     refuse_several("evaluate --speed")
     folders = {"source": against, "model": model} if against else {"model": model}
@@ -147,8 +148,12 @@ def _rates(turn: dict[str, Any], options: SpeedOptions) -> dict[str, list[float]
 
 
 def _side(turns: Sequence[dict[str, Any]], options: SpeedOptions) -> dict[str, Any]:
-    rates = [_rates(turn, options) for turn in turns]
-    found = {name: _spread([rate for each in rates for rate in each[name]]) for name in ("prefill", "decode")}
+    """Runs of one process are no independent units: it finds its memory and its neighbours once. Turns are."""
+    found = {}
+    for name in ("prefill", "decode"):
+        rates = [_rates(turn, options)[name] for turn in turns]
+        runs = [rate for each in rates for rate in each]
+        found[name] = _spread([statistics.median(each) for each in rates]) | {"low": min(runs), "high": max(runs)}
     return found | {name: _spread([float(turn[name]) for turn in turns]) for name in _MEMORY}
 
 
@@ -166,11 +171,5 @@ def _ratios(found: dict[str, list[dict[str, Any]]], options: SpeedOptions) -> di
     return {name: _spread(values) for name, values in (speeds | sizes).items()}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    stderr = mean(values).stderr
-    return {
-        "value": statistics.median(values),
-        "stderr": None if math.isnan(stderr) else stderr,
-        "low": min(values),
-        "high": max(values),
-    }
+def _spread(turns: Sequence[float]) -> dict[str, float | None]:
+    return {**as_json(mean(turns)), "low": min(turns), "high": max(turns)}

@@ -100,7 +100,9 @@ def evaluate(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, rich_help_panel=_WRITING, help="How many tokens to write.")
     ] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, rich_help_panel=_WRITING, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, rich_help_panel=_WRITING, help="0 is greedy; above, all tokens are drawn from.")
+    ] = 0.0,
     speed: Annotated[
         bool,
         typer.Option(
@@ -182,7 +184,7 @@ def evaluate(
         parts.append(shown)
         if output and not Ranks.join().rank:
             output.parent.mkdir(parents=True, exist_ok=True)
-            conmoe.write_json(output, console.finite(record))
+            conmoe.write_json(output, record)
 
     name = Path(model).name
     if text and not no_fidelity:
