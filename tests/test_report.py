@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -257,6 +258,41 @@ def test_an_evaluation_of_a_result_adds_to_it(result, tmp_path):
     alone = gather([evaluation]).runs[0]
     assert alone.name == result.name
     assert alone.portrait is None
+
+
+def test_what_was_measured_afterwards_is_no_less_than_what_was_measured_at_once(result, tmp_path, monkeypatch):
+    def record(name, **more):
+        file = tmp_path / f"{name}.json"
+        own = {"model": "half", "data": [f"/texts/{name}.txt"], "tokens": 8, "sequences": 2, "bytes": 1}
+        file.write_text(json.dumps({**own, **more}))
+        return file
+
+    half = tmp_path / "half"
+    shutil.copytree(result, half)
+    numbers = {"loss": {"value": 1.0}, "kl": {"value": 0.25, "stderr": 0.01}, "source_bytes": 2}
+    first = record("wiki", **numbers, domains={"part": {"kl": {"value": 0.5}}}, tasks={"one": {"acc": {"value": 0.1}}})
+    second = record("code", domains={"part": {"kl": {"value": 0.7}}}, tasks={"two": {"acc": {"value": 0.2}}})
+    assert Path.cwd() != tmp_path  # their folder is named as it was called where they were made
+    run, added = gather([half, first, second]).runs
+    assert [row.task for row in run.parts["tasks"]] == ["one", "two"]
+    assert {name: found["kl"].value for name, found in run.domains.items()} == {"part": 0.5, "part (code)": 0.7}
+    assert (added.name, added.texts, added.numbers["kl"].value) == ("half, wiki", ("wiki.txt",), 0.25)
+    results = half / "conmoe" / "results.json"
+    results.write_text(json.dumps({**json.loads(results.read_text()), "fidelity": None, "held_out": []}))
+    (alone,) = gather([half, first]).runs
+    assert (alone.texts, alone.numbers["kl"]) == (("wiki.txt",), Figure(0.25, 0.01))
+    assert dict(alone.facts)["measured on"] == "/texts/wiki.txt"
+
+
+@pytest.mark.parametrize("part", ["generation", "speed"])
+def test_what_was_compared_with_nothing_can_be_reported(part, tmp_path):
+    file = tmp_path / "alone.json"
+    measured = {"source": None, "difference": None, "ratio": None, "agreement": None, "units": {"n": "signs"}}
+    record = {"model": "half", "against": None, "data": [], part: {**measured, "model": {"n": {"value": 3.0}}}}
+    file.write_text(json.dumps(record))  # without a loss: --no-fidelity
+    found = gather([file])
+    assert found.runs[0].parts[part].rows == (("signs", None, Figure(3.0), None),)
+    assert "signs" in Page(page(found, "x")).text
 
 
 def test_what_both_were_measured_on_stands_in_one_row(result, tmp_path):

@@ -15,14 +15,14 @@ KEPT, REDIRECTED, DROPPED, CONSTANT = "#174a8b", "#5f93cf", "#8b929c", "#b0761a"
 COLOURS = {"kept": KEPT, "redirected": REDIRECTED, "dropped": DROPPED, "constant": CONSTANT}
 
 
-def draw(found: Findings, folder: Path) -> tuple[Path, ...]:
-    """Every plot that ``found`` has numbers for, once as PNG and once as SVG.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+def check_matplotlib() -> None:
+    """Raise a UsageError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise UsageError('Figures need matplotlib; pip install "conmoe[report]" brings it.')
+
+
+def draw(found: Findings, folder: Path) -> tuple[Path, ...]:
+    """Every plot that ``found`` has numbers for, once as PNG and once as SVG."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)

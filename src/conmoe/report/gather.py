@@ -14,9 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from conmoe.diagnosis import Diagnosis
+from conmoe.manifest import weights_fingerprint
 from conmoe.portrait import REPORT_JSON, Portrait, load_portrait
 from conmoe.report.bench import facts as bench_facts
 from conmoe.report.measured import number, text_names
+from conmoe.report.sections import KEYS
 from conmoe.results import BENCH_JSON, Bench, Number, Row, load_bench
 from conmoe.types import ConmoeError, UsageError
 
@@ -132,13 +134,13 @@ def gather(paths: Sequence[Path]) -> Findings:
                 diagnoses.append(Diagnosis.model_validate(record))
             elif path.is_dir():
                 runs.append(_result(path, record))
-            elif "loss" in record:
+            elif any(key in record for key in KEYS):
                 evaluations.append((path, record))
             else:
                 raise UsageError(f"{path} is not a result, a bench, an evaluation or a diagnosis of conmoe.")
     for path, record in evaluations:
         with _damaged(path):
-            runs = _with_evaluation(runs, record)
+            runs = _with_evaluation(runs, path, record)
     return Findings(tuple(runs), tuple(benches), tuple(diagnoses))
 
 
@@ -311,27 +313,67 @@ def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
     return found
 
 
-def _with_evaluation(runs: Sequence[Run], record: Mapping[str, Any]) -> list[Run]:
-    """Runs with what an evaluation adds to the result that it measured, or with one more."""
+def _with_evaluation(runs: Sequence[Run], file: Path, record: Mapping[str, Any]) -> list[Run]:
+    """Runs with what an evaluation adds to the result that it measured; with one more for what has no place there."""
     parts: dict[str, Any] = {name: _compared(record[name]) for name in PARTS[2:] if record.get(name)}
     if record.get("tasks"):
         parts = {"tasks": _tasks(record["tasks"]), **parts}
     domains = {name: _figures(each) for name, each in (record.get("domains") or {}).items()}
-    folder = Path(record["model"]).resolve()
-    known = next((run for run in runs if run.folder == folder), None)
-    if known is not None:
-        changed = replace(known, parts={**known.parts, **parts}, domains={**known.domains, **domains})
-        return [changed if run is known else run for run in runs]
     alone = Run(
         name=Path(record["model"]).name,
-        bytes=float(record["bytes"]),
+        bytes=record.get("bytes"),
         source_bytes=record.get("source_bytes"),
         numbers=_figures(record),
+        texts=_names(record.get("data")) if "loss" in record else (),
         domains=domains,
         parts=parts,
-        facts=(("measured on", "; ".join(record["data"])), ("compared with", str(record.get("against") or "nothing"))),
+        facts=_evaluation_facts(record),
     )
-    return [*runs, alone]
+    known = next((run for run in runs if _is_of(record, file, run)), None)
+    if known is None:
+        return [*runs, alone]
+    changed = replace(
+        known, parts=_joined(known.parts, parts, file.stem), domains=_joined(known.domains, domains, file.stem)
+    )
+    if alone.numbers and not known.numbers:
+        # What was measured later is all that is known of it.
+        facts = tuple(fact for fact in known.facts if fact[0] not in dict(alone.facts))
+        changed = replace(changed, numbers=alone.numbers, texts=alone.texts, facts=facts + alone.facts)
+    found = [changed if run is known else run for run in runs]
+    if alone.numbers and known.numbers:
+        found.append(replace(alone, name=f"{known.name}, {file.stem}", parts={}, domains={}))
+    return found
+
+
+def _is_of(record: Mapping[str, Any], file: Path, run: Run) -> bool:
+    """Whether an evaluation is about a result: by the fingerprint of its weights, or by its folder."""
+    if run.folder is None:
+        return False
+    if record.get("fingerprint"):
+        return bool(record["fingerprint"] == weights_fingerprint(run.folder))
+    named = Path(record["model"])
+    return run.folder in (named.resolve(), (file.parent / named).resolve())
+
+
+def _joined(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Both, tasks in one; what else has a name that is taken gets a ``label``."""
+    found = dict(old)
+    for name, value in new.items():
+        if name == "tasks":
+            found[name] = (*found.get(name, ()), *value)
+        else:
+            found[name if name not in found else f"{name} ({label})"] = value
+    return found
+
+
+def _evaluation_facts(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    counted = f"{record['tokens']:,} in {record['sequences']:,} sequences" if "tokens" in record else ""
+    rows = [
+        ("measured on", "; ".join(record.get("data", ()))),
+        ("held-out tokens", counted),
+        ("compared with", str(record.get("against") or "nothing")),
+    ]
+    return tuple((name, value) for name, value in rows if value)
 
 
 def _tasks(tasks: Mapping[str, Any]) -> tuple[TaskRow, ...]:
@@ -348,15 +390,15 @@ def _tasks(tasks: Mapping[str, Any]) -> tuple[TaskRow, ...]:
 
 def _compared(record: Mapping[str, Any]) -> Compared:
     """Generation, or speed: settings, then ``units``, ``source``, ``model``, and a ``difference`` or ``ratio``."""
-    units, sides = record.get("units", {}), ("source", "model", "difference", "ratio")
-    third = "ratio" if "ratio" in record else "difference"
+    units, third = record.get("units", {}), "ratio" if "ratio" in record else "difference"
+    sides = {side: record.get(side) or {} for side in ("source", "model", third)}  # null where nothing was compared
     rows = []
     for name, unit in units.items():
-        if any(name in record.get(side, {}) for side in sides):
-            source, model, both = (_figure(record.get(side, {}).get(name)) for side in ("source", "model", third))
+        if any(name in side for side in sides.values()):
+            source, model, both = (_figure(side.get(name)) for side in sides.values())
             rows.append((str(unit), source, model, both))
     facts = [(name, value) for name, value in record.items() if isinstance(value, str | int | float)]
-    facts += [(units.get(name, name), f"{each.value:.4g}") for name, each in _known(record.get("agreement", {}))]
+    facts += [(units.get(name, name), f"{each.value:.4g}") for name, each in _known(record.get("agreement") or {})]
     return Compared(third, tuple(rows), tuple((str(name).replace("_", " "), str(value)) for name, value in facts))
 
 

@@ -16,6 +16,7 @@ from conmoe import __version__
 from conmoe.artifacts import write_atomic
 from conmoe.progress import Progress
 from conmoe.report import plots
+from conmoe.report.figures import check_matplotlib, draw
 from conmoe.report.gather import Figure, Findings, Run, comparable, gather
 from conmoe.report.numbers import size, with_error
 from conmoe.types import UsageError
@@ -54,14 +55,14 @@ def write_report(results: Sequence[Path], out: Path, *, title: str = "", figures
         raise UsageError("Name the results to report on: folders of compress, bench or demo, or JSON files.")
     if not available():
         raise UsageError(_MISSING)
+    if figures is not None:
+        check_matplotlib()
     if out.is_dir() or out.suffix != ".html":
         raise UsageError(f"{out} is no name for a page; name the file to write, such as {out.with_name(REPORT_HTML)}.")
     found = gather(results)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page(found, title or (found.runs[0].name if len(found.runs) == 1 else "Compressed models")))
     if figures is not None:
-        from conmoe.report.figures import draw
-
         draw(found, figures)
     return found
 
@@ -122,9 +123,11 @@ def page(found: Findings, title: str) -> str:
 
 
 def headline(runs: Sequence[Run]) -> Run | None:
-    """The run that the page speaks of first: the closest to its source; of those not measured the first."""
+    """The run that the page speaks of first: the closest to its source, or the first if they cannot be compared."""
     measured = [run for run in runs if "kl" in run.numbers and not run.error]
-    return min(measured, key=lambda run: run.numbers["kl"].value) if measured else next(iter(runs), None)
+    if not measured or not comparable(runs):
+        return next(iter(measured or runs), None)
+    return min(measured, key=lambda run: run.numbers["kl"].value)
 
 
 def verdict(run: Run) -> str:
