@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.utils._fixes import yaml_dump
+from transformers import AutoConfig
 
 import conmoe
 from conmoe.manifest import EDITABLE, RESULT_MANIFEST, check_files, list_files, read_result_manifest, sha256
 from conmoe.report.escape import block, code, escaped
 from conmoe.report.measured import METRICS
 from conmoe.report.sections import BEGIN, END, measured_card, refresh_card
+from conmoe.runtime import modeling_conmoe
 from tests.commands import tree
 from tests.conftest import measured_half
 
@@ -103,8 +105,8 @@ def test_nothing_foreign_breaks_the_card(made, name):
         "tokens": name,
         "domains": {name: {"kl": number, "data": [name]}},
         "tasks": {name: {name: {**number, "n": 3, "source": number, "difference": name}}},
-        "generation": {name: number, "nested": {name: 2.0}},
-        "speed": {"x": 1, "units": {name: name}},
+        "generation": {"units": {name: name}, "model": {name: number}, "source": None, name: name},
+        "speed": {"x": name, "units": {name: name}, "ratio": {name: 2.0}, "agreement": {name: number}},
     }
     mine = {**results(made), "held_out": [name], "command": name, "versions": {name: name}}
     mine["calibration"] = {**mine["calibration"], "data": [name], "dtype": name}
@@ -121,6 +123,57 @@ def test_nothing_foreign_breaks_the_card(made, name):
         assert len({cells(row) for row in table}) == 1, table
     again = measured_card(text, mine, {name: record}, name=name)
     assert again == text
+
+
+def test_what_both_were_measured_on_stands_side_by_side_in_the_card(made):
+    bytes_of = {side: {"peak": {"value": value, "stderr": 5e5}} for side, value in (("source", 2e9), ("model", 1e9))}
+    generation = {
+        "prompts": 32,
+        "seed": 0,
+        "units": {"length": "new tokens", "loops": "share that end in a loop", "equal": "tokens before they part"},
+        "model": {"length": {"value": 128.0, "stderr": 0.0}, "loops": {"value": 0.25, "stderr": 0.05}},
+        "source": None,
+        "difference": None,
+        "agreement": {"equal": {"value": 3.5, "stderr": 0.5}},
+    }
+    speed = {"units": {"peak": "bytes at most"}, **bytes_of, "ratio": {"peak": {"value": 0.5, "stderr": 0.01}}}
+    record = {"generation": generation, "speed": speed, "task_options": {"limit": 20}, "tasks": {"t": {"acc": 0.5}}}
+    lines = measured_card((made / "README.md").read_text(), results(made), {"a": record}, name="x").splitlines()
+    for line in (
+        "| new tokens |  | 128 |  |",
+        "| share that end in a loop |  | 0.250 ± 0.050 |  |",
+        "Measured with: prompts 32; seed 0; tokens before they part 3.5.",
+        "| bytes at most | 2 GB | 1 GB | 0.500 ± 0.010 |",
+    ):
+        assert line in lines
+    assert any("the first 20 documents of each" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("asked", "served"),
+    [
+        (conmoe.Request(), True),
+        (conmoe.Request(budget="4,6"), True),
+        (conmoe.Request("reap", form="shared"), False),
+        (conmoe.Request("mone"), False),
+        (conmoe.Request("mc-smoe"), False),
+        (conmoe.Request("cd-moe", form="shared"), False),
+        (conmoe.Request("naee", options={"skip": True}, form="shared"), False),
+        (conmoe.Request(scope=2), False),
+    ],
+)
+def test_a_card_promises_an_engine_what_the_modelling_file_lets_it_run(asked, served, checkpoint, calibrated, tmp_path):
+    plan = conmoe.plan(checkpoint("olmoe"), calibrated("olmoe"), None, asked)
+    conmoe.apply(checkpoint("olmoe"), plan, tmp_path / "out", form="shared")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    config._attn_implementation = "vllm"
+    try:
+        modeling_conmoe._refuse_unfit_engine(config)
+        runs = True
+    except ValueError:
+        runs = False
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert (runs, "vLLM serves it" in text, "vLLM does not serve it" in text) == (served, served, not served)
 
 
 def fenced_out(body: str) -> list[str]:

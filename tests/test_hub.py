@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,6 +213,13 @@ def test_evaluations_go_into_the_card_and_stay_with_the_result(hub, cli, result,
     assert hub.files(REPO)["README.md"].decode() == (result / "README.md").read_text()
     assert "### Evaluation: more" in (result / "README.md").read_text()
     check_files(result)
+
+
+def test_the_code_of_a_pushed_card_names_its_repository(hub, cli, result):
+    assert cli("push", result, REPO).code == 0
+    (code,) = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), re.DOTALL)
+    assert f'name = "{REPO}"' in code
+    compile(code, "README.md", "exec")
 
 
 def test_an_evaluation_tells_no_folder_wherever_it_names_one(hub, cli, result, tmp_path):

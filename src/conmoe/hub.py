@@ -28,6 +28,7 @@ from conmoe.manifest import (
     weights_fingerprint,
 )
 from conmoe.progress import Progress
+from conmoe.report.card import UNNAMED
 from conmoe.report.escape import one_line
 from conmoe.report.sections import EVALUATIONS, read_evaluation, refresh_card
 from conmoe.shards import read_entries
@@ -124,6 +125,7 @@ def prepare(
         checked = check_files(out, advance)
     # A card is made of what lies in the folder; the evaluations that will lie there are shown to it beforehand.
     card = refresh_card(out, name=PurePath(repo).name, base_model=base_model, more=_named(results))
+    card = card.replace(UNNAMED, f'name = "{repo}"')
     files = {record.path: record.size for record in manifest.files}
     files |= {path: (out / path).stat().st_size for path in checked.edited}
     files |= {f"{EVALUATIONS}/{name}.json": file.stat().st_size for name, file in _named(results).items()}

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from conmoe.forms import is_approximate, is_condensed
+from conmoe.ops.factors import from_weights
 from conmoe.refine import NONE
 from conmoe.registry import Form, get_method
 from conmoe.report.escape import code, escaped
@@ -24,10 +25,17 @@ _LOADING = {
         "Load it with `trust_remote_code=True` (the modelling file is in this repository), or `import conmoe` first."
     ),
 }
+#: Until a push knows better.
+UNNAMED = 'name = "owner/name"  # this repository, or a folder that holds its files'
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
+{unnamed}
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{remote})
 tokenizer = AutoTokenizer.from_pretrained(name{remote})"""
+_VLLM = [
+    "vLLM serves it through its Transformers backend with `--trust-remote-code`, or with conmoe installed beside it;",
+    "families whose attention that backend does not take, such as Qwen3-Next, it does not.",
+]
 #: Of the four relations that the hub knows (adapter, merge, quantized, finetune) the one for whole weights of the same
 #: number format that descend from one model; it has none for pruning.
 RELATION = "finetune"
@@ -53,13 +61,13 @@ def model_card(source: Path, plan: Plan, form: Form) -> str:
 
 def _loading(plan: Plan, form: Form) -> list[str]:
     remote = ", trust_remote_code=True" if form == "shared" else ""
-    lines = ["", "## How to load it", "", "```python", _TRANSFORMERS.format(remote=remote), "```", ""]
+    lines = ["", "## How to load it", "", "```python", _TRANSFORMERS.format(remote=remote, unnamed=UNNAMED), "```", ""]
     if form == "shared":
         lines += [
             "`trust_remote_code=True` runs the modelling file of this repository. Without it: `pip install conmoe`,",
-            "and `import conmoe` before loading, which teaches Transformers the same classes. vLLM serves it through",
-            "its Transformers backend with `--trust-remote-code`, or with conmoe installed beside it.",
+            "and `import conmoe` before loading, which teaches Transformers the same classes.",
         ]
+        lines += _VLLM if _has_maps_alone(plan) else ["vLLM does not serve it: it runs maps, and this has more."]
     else:
         lines += [
             "No code of this repository is needed, and neither is conmoe: Transformers and vLLM read it as they read",
@@ -68,6 +76,17 @@ def _loading(plan: Plan, form: Form) -> list[str]:
     if any(scope.plan.skip for scope in plan.scopes):
         lines += ["The plan skips experts at run time, which only `shared` checkpoints do."]
     return lines
+
+
+def _has_maps_alone(plan: Plan) -> bool:
+    """Whether the ``shared`` form of a plan is what vLLM runs; the modelling file refuses the rest there."""
+    layers = [scope.plan for scope in plan.scopes]
+    more = (
+        each.static_K is not None or each.constant_CD is not None or each.skip or from_weights(each.weights)[0]
+        for each in layers
+    )
+    own = all(len(scope.layers) == 1 for scope in plan.scopes)
+    return own and not any(more) and all(bool((each.assignment_E >= 0).all()) for each in layers)
 
 
 def _licence(source: Path, inherited: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from conmoe.diagnosis import Diagnosis
 from conmoe.manifest import weights_fingerprint
 from conmoe.portrait import REPORT_JSON, Portrait, load_portrait
 from conmoe.report.bench import facts as bench_facts
-from conmoe.report.measured import number, text_names
+from conmoe.report.measured import number, sides, text_names
 from conmoe.report.sections import KEYS
 from conmoe.results import BENCH_JSON, Bench, Number, Row, load_bench
 from conmoe.types import ConmoeError, UsageError
@@ -389,21 +389,9 @@ def _tasks(tasks: Mapping[str, Any]) -> tuple[TaskRow, ...]:
 
 
 def _compared(record: Mapping[str, Any]) -> Compared:
-    """Generation, or speed: settings, then ``units``, ``source``, ``model``, and a ``difference`` or ``ratio``."""
-    units, third = record.get("units", {}), "ratio" if "ratio" in record else "difference"
-    sides = {side: record.get(side) or {} for side in ("source", "model", third)}  # null where nothing was compared
-    rows = []
-    for name, unit in units.items():
-        if any(name in side for side in sides.values()):
-            source, model, both = (_figure(side.get(name)) for side in sides.values())
-            rows.append((str(unit), source, model, both))
-    facts = [(name, value) for name, value in record.items() if isinstance(value, str | int | float)]
-    facts += [(units.get(name, name), f"{each.value:.4g}") for name, each in _known(record.get("agreement") or {})]
-    return Compared(third, tuple(rows), tuple((str(name).replace("_", " "), str(value)) for name, value in facts))
-
-
-def _known(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
-    return ((name, figure) for name, each in numbers.items() if (figure := _figure(each)) is not None)
+    found = sides(record)
+    rows = ((unit, *(each and Figure(*each) for each in numbers)) for unit, *numbers in found.rows)
+    return Compared(found.third, tuple(rows), found.facts)  # type: ignore[arg-type]  # three numbers to a row
 
 
 def _figure(record: Any) -> Figure | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -144,20 +145,55 @@ def task_lines(tasks: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def flat_lines(record: Mapping[str, Any]) -> list[str]:
-    """Numbers of generation and speed, however they are nested."""
-    rows = [f"| {escaped(name)} | {shown(found)} |" for name, found in _numbers(record)]
-    return ["| | |", "|---|---:|", *rows] if rows else []
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """What was measured of source and result alike: rows of a unit, both numbers and their ``third``, and settings."""
+
+    third: str
+    rows: tuple[tuple[str, Number | None, Number | None, Number | None], ...]
+    facts: tuple[tuple[str, str], ...]
 
 
-def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Number]]:
-    for name, value in record.items():
-        label = f"{prefix}{name}"
-        found = number(value)
-        if found is not None:
-            yield label, found
-        elif isinstance(value, Mapping) and name != "units":
-            yield from _numbers(value, f"{label}, ")
+def sides(record: Mapping[str, Any]) -> Sides:
+    """Generation, or speed: settings, then ``units``, ``source``, ``model``, and a ``difference`` or ``ratio``."""
+    units, third = mapping(record.get("units")), "ratio" if "ratio" in record else "difference"
+    found = [mapping(record.get(side)) for side in ("source", "model", third)]  # null where nothing was compared
+    rows = []
+    for name, unit in units.items():
+        if any(name in side for side in found):
+            source, model, both = (number(side.get(name)) for side in found)
+            rows.append((str(unit), source, model, both))
+    facts = [(name, value) for name, value in record.items() if isinstance(value, str | int | float)]
+    for name, value in mapping(record.get("agreement")).items():
+        if (agreed := number(value)) is not None:
+            facts.append((str(units.get(name, name)), f"{agreed[0]:.4g}"))
+    return Sides(third, tuple(rows), tuple((str(name).replace("_", " "), str(value)) for name, value in facts))
+
+
+def amount(found: Number | None, unit: str) -> str:
+    """A number of a unit: bytes as sizes, what is whole and certain as a whole number."""
+    if found is None:
+        return ""
+    value, error = found
+    if unit.startswith("bytes"):
+        return size(value)
+    return f"{value:,.0f}" if not error and value == int(value) else with_error(value, error)
+
+
+def sides_lines(record: Mapping[str, Any]) -> list[str]:
+    """Generation, or speed: the table of source against result, and how it was measured."""
+    found = sides(record)
+    if not found.rows:
+        return []
+    lines = [f"| | source | this model | {found.third} |", "|---|---:|---:|---:|"]
+    for unit, source, model, third in found.rows:
+        last = shown(third) if found.third == "ratio" else amount(third, unit)
+        lines.append(f"| {escaped(unit)} | {amount(source, unit)} | {amount(model, unit)} | {last} |")
+    return [
+        *lines,
+        "",
+        f"Measured with: {'; '.join(f'{escaped(name)} {escaped(value)}' for name, value in found.facts)}.",
+    ]
 
 
 def eval_results(name: str, record: Mapping[str, Any], data: object, config: str | None = None) -> list[EvalResult]:

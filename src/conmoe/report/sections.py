@@ -189,17 +189,20 @@ def _evaluation(label: str, record: Mapping[str, Any]) -> list[str]:
         lines += ["By domain; KL and loss in nats per token:", "", *measured.domain_lines(domains), ""]
     if tasks := measured.mapping(record.get("tasks")):
         lines += [
-            "Tasks, by lm-evaluation-harness; differences are paired over the same documents:",
+            f"{_limited(record)}; differences are paired over the same documents:",
             "",
             *measured.task_lines(tasks),
             "",
         ]
     for key, title in (("generation", "Generated text"), ("speed", "Speed and memory")):
-        if rows := measured.flat_lines(measured.mapping(record.get(key))):
-            units = measured.mapping(measured.mapping(record.get(key)).get("units"))
-            known = ", ".join(f"{escaped(name)} in {escaped(unit)}" for name, unit in units.items())
-            lines += [f"{title}{f' ({known})' if known else ''}:", "", *rows, ""]
+        if rows := measured.sides_lines(measured.mapping(record.get(key))):
+            lines += [f"{title}:", "", *rows, ""]
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def _limited(record: Mapping[str, Any]) -> str:
+    limit = measured.number(measured.mapping(record.get("task_options")).get("limit"))
+    return f"Tasks, by lm-evaluation-harness{f', the first {limit[0]:.0f} documents of each' if limit else ''}"
 
 
 def _untested(fidelity: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:

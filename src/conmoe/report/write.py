@@ -18,6 +18,7 @@ from conmoe.progress import Progress
 from conmoe.report import plots
 from conmoe.report.figures import check_matplotlib, draw
 from conmoe.report.gather import Figure, Findings, Run, comparable, gather
+from conmoe.report.measured import amount
 from conmoe.report.numbers import size, with_error
 from conmoe.types import UsageError
 
@@ -176,4 +177,4 @@ def _fates(run: Run) -> set[str]:
 
 
 def _amount(figure: Figure | None, unit: str) -> str:
-    return size(figure.value) if figure and unit.startswith("bytes") else number(figure)
+    return amount((figure.value, figure.stderr), unit) if figure else "-"
