@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -276,12 +277,33 @@ def test_what_was_measured_afterwards_is_no_less_than_what_was_measured_at_once(
     run, added = gather([half, first, second]).runs
     assert [row.task for row in run.parts["tasks"]] == ["one", "two"]
     assert {name: found["kl"].value for name, found in run.domains.items()} == {"part": 0.5, "part (code)": 0.7}
-    assert (added.name, added.texts, added.numbers["kl"].value) == ("half, wiki", ("wiki.txt",), 0.25)
+    assert (added.name, added.texts, added.numbers["kl"].value) == ("half (wiki)", ("wiki.txt",), 0.25)
     results = half / "conmoe" / "results.json"
     results.write_text(json.dumps({**json.loads(results.read_text()), "fidelity": None, "held_out": []}))
     (alone,) = gather([half, first]).runs
     assert (alone.texts, alone.numbers["kl"]) == (("wiki.txt",), Figure(0.25, 0.01))
     assert dict(alone.facts)["measured on"] == "/texts/wiki.txt"
+
+
+@pytest.mark.parametrize("place", ["", "numbers", "half"])
+def test_an_evaluation_knows_its_result_from_another_working_directory(place, result, tmp_path):
+    shutil.copytree(result, tmp_path / "half")
+    (tmp_path / "numbers").mkdir()
+    file = tmp_path / place / "a.json"
+    file.write_text(json.dumps({"model": "half", "data": [], "tasks": {"one": {"acc": {"value": 0.5}}}}))
+    (run,) = gather([tmp_path / "half", file]).runs
+    assert [row.task for row in run.parts["tasks"]] == ["one"]
+
+
+def test_an_evaluation_knows_a_result_that_was_moved_by_its_weights(result, tmp_path, capsys):
+    file = tmp_path / "written.json"
+    asked = ("--no-fidelity", "--generate", "--max-new-tokens", 3)
+    assert runner(capsys)("evaluate", result, *asked, "--output", file).code == 0
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, "model": "elsewhere"}))
+    (run,) = gather([result, file]).runs
+    units = {unit: model for unit, _, model, _ in run.parts["generation"].rows}
+    assert units["new tokens"].value == written["generation"]["model"]["length"]["value"]
 
 
 @pytest.mark.parametrize("part", ["generation", "speed"])
@@ -293,6 +315,21 @@ def test_what_was_compared_with_nothing_can_be_reported(part, tmp_path):
     found = gather([file])
     assert found.runs[0].parts[part].rows == (("signs", None, Figure(3.0), None),)
     assert "signs" in Page(page(found, "x")).text
+
+
+def test_figures_that_cannot_be_drawn_are_refused_before_the_page_is_written(result, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match="matplotlib"):
+        conmoe.write_report([result], tmp_path / "r.html", figures=tmp_path / "figures")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("texts", [0, None])
+def test_a_distance_that_is_no_number_is_told_whether_any_is_one_or_not(result, texts):
+    (run,) = gather([result]).runs
+    portrait = run.portrait.model_copy(update={"not_finite": 3, "texts": run.portrait.texts[:texts]})
+    text = Page(page(Findings((replace(run, portrait=portrait),)), "x")).text
+    assert "the KL of 3 sequences is not a number" in text
 
 
 def test_what_both_were_measured_on_stands_in_one_row(result, tmp_path):

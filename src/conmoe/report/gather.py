@@ -341,7 +341,8 @@ def _with_evaluation(runs: Sequence[Run], file: Path, record: Mapping[str, Any])
         changed = replace(changed, numbers=alone.numbers, texts=alone.texts, facts=facts + alone.facts)
     found = [changed if run is known else run for run in runs]
     if alone.numbers and known.numbers:
-        found.append(replace(alone, name=f"{known.name}, {file.stem}", parts={}, domains={}))
+        own = {"form": known.form, "method": known.method, "keep": known.keep, "calibrated": known.calibrated}
+        found.append(replace(alone, name=f"{known.name} ({file.stem})", parts={}, domains={}, **own))
     return found
 
 
@@ -351,8 +352,8 @@ def _is_of(record: Mapping[str, Any], file: Path, run: Run) -> bool:
         return False
     if record.get("fingerprint"):
         return bool(record["fingerprint"] == weights_fingerprint(run.folder))
-    named = Path(record["model"])
-    return run.folder in (named.resolve(), (file.parent / named).resolve())
+    # A path of the command line was relative to where that was typed: here, where the file lies, or above that.
+    return run.folder in ((base / record["model"]).resolve() for base in (Path(), *file.resolve().parents))
 
 
 def _joined(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> dict[str, Any]:
