@@ -341,8 +341,8 @@ def _with_evaluation(runs: Sequence[Run], file: Path, record: Mapping[str, Any])
         changed = replace(changed, numbers=alone.numbers, texts=alone.texts, facts=facts + alone.facts)
     found = [changed if run is known else run for run in runs]
     if alone.numbers and known.numbers:
-        own = {"form": known.form, "method": known.method, "keep": known.keep, "calibrated": known.calibrated}
-        found.append(replace(alone, name=f"{known.name} ({file.stem})", parts={}, domains={}, **own))
+        row = replace(alone, form=known.form, method=known.method, keep=known.keep, calibrated=known.calibrated)
+        found.append(replace(row, name=f"{known.name} ({file.stem})", parts={}, domains={}))
     return found
 
 
