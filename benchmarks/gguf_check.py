@@ -41,7 +41,12 @@ CONTEXT, CHUNKS = 64, 8
 #: What two programs that compute in float32 may differ by, in nats; the file of ``llama-perplexity`` rounds to 16 bits.
 TOLERANCE = 5e-3
 #: The tensors that every layer with experts has in a GGUF file; some architectures keep gate and up in one.
-PARTS = ("ffn_gate_inp", "ffn_gate(?:_up)?_exps", "ffn_(?:gate_)?up_exps", "ffn_down_exps")
+PARTS = {
+    "router": "ffn_gate_inp",
+    "gate": "ffn_gate(?:_up)?_exps",
+    "up": "ffn_(?:gate_)?up_exps",
+    "down": "ffn_down_exps",
+}
 #: A random model writes bytes that are no UTF-8; Transformers puts the same sign in their place.
 CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
 #: Run in a process of its own, with llama.cpp's tree first on the path.
@@ -158,11 +163,11 @@ def layer_faults(names: Sequence[str], held: Set[int], depth: int) -> list[str]:
     Blocks from ``depth`` on are heads that predict further tokens, which the converter may leave out.
     """
     faults = []
-    for part in PARTS:
-        numbers = {int(found[1]) for name in names if (found := re.fullmatch(rf"blk\.(\d+)\.{part}\.weight", name))}
+    for part, kind in PARTS.items():
+        numbers = {int(found[1]) for name in names if (found := re.fullmatch(rf"blk\.(\d+)\.{kind}\.weight", name))}
         written = {number for number in numbers if number < depth}
         if written != held:
-            faults.append(f"{part} is in layers {sorted(written)}, not {sorted(held)}")
+            faults.append(f"{part} weights are in layers {sorted(written)}, not {sorted(held)}")
     return faults
 
 
