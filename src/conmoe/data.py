@@ -105,6 +105,8 @@ def parse_spec(text: str, option: str = "--data") -> DataSpec:
 def load_tokenizer(model_folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a checkpoint."""
     folder = Path(model_folder)
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}.")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UsageError(f"{folder} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}).")
     from transformers import AutoTokenizer

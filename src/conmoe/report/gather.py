@@ -218,7 +218,7 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConmoeError(f"{file} is damaged: {error}.") from error
+        raise ConmoeError(f"{file} is not a whole JSON file: {error}.") from error
     if not isinstance(found, dict):
         raise UsageError(f"{file} is not a result, a bench, an evaluation or a diagnosis of conmoe.")
     return found
