@@ -105,6 +105,7 @@ def page(found: Findings, title: str) -> str:
         fates=[fate for fate in FATES if fate in present],
         fate_words=FATES,
         drawn=[(index, run) for index, run in enumerate(found.runs, start=1) if run.portrait],
+        lost=[run for run in found.runs if run.portrait and (run.portrait.texts or run.portrait.not_finite)],
         told=[(index, run) for index, run in enumerate(found.runs, start=1) if run.facts],
         domains=list(dict.fromkeys(name for run in found.runs for name in run.domains)),
         head=headline(found.runs),
