@@ -143,6 +143,7 @@ def test_what_both_were_measured_on_stands_side_by_side_in_the_card(made):
     bytes_of = {side: {"peak": {"value": value, "stderr": 5e5}} for side, value in (("source", 2e9), ("model", 1e9))}
     generation = {
         "prompts": 32,
+        "prompts_from": "/home/someone/prompts.txt",
         "seed": 0,
         "units": {"length": "new tokens", "loops": "share that end in a loop", "equal": "tokens before they part"},
         "model": {"length": {"value": 128.0, "stderr": 0.0}, "loops": {"value": 0.25, "stderr": 0.05}},
@@ -156,7 +157,7 @@ def test_what_both_were_measured_on_stands_side_by_side_in_the_card(made):
     for line in (
         "| new tokens |  | 128 |  |",
         "| share that end in a loop |  | 0.250 ± 0.050 |  |",
-        "Measured with: prompts 32; seed 0; tokens before they part 3.5.",
+        "Measured with: prompts 32; prompts from prompts.txt; seed 0; tokens before they part 3.5.",
         "| bytes at most | 2 GB | 1 GB | 0.500 ± 0.010 |",
     ):
         assert line in lines

@@ -192,11 +192,13 @@ def sides_lines(record: Mapping[str, Any]) -> list[str]:
     for unit, source, model, third in found.rows:
         last = with_error(*third) if third and found.third == "ratio" else amount(third, unit)
         lines.append(f"| {escaped(unit)} | {amount(source, unit)} | {amount(model, unit)} | {last} |")
-    return [
-        *lines,
-        "",
-        f"Measured with: {'; '.join(f'{escaped(name)} {escaped(value)}' for name, value in found.facts)}.",
-    ]
+    facts = (f"{escaped(name)} {escaped(_without_folder(value))}" for name, value in found.facts)
+    return [*lines, "", f"Measured with: {'; '.join(facts)}."]
+
+
+def _without_folder(text: str) -> str:
+    """Of an absolute path the last part: a card is for others."""
+    return PurePath(text).name if PurePath(text).is_absolute() else text
 
 
 def eval_results(name: str, record: Mapping[str, Any], data: object, config: str | None = None) -> list[EvalResult]:
