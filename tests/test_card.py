@@ -96,6 +96,20 @@ def test_writing_a_card_again_changes_nothing_and_keeps_what_people_wrote(result
     assert ModelCard(refresh_card(result)).text.lstrip().startswith("no marks")
 
 
+def test_what_is_no_number_is_called_so_and_what_was_not_measured_is_not_spoken_of(made):
+    broken = {"value": None, "stderr": None}
+    mine = {**results(made)}
+    mine["fidelity"] = {**mine["fidelity"], "kl": broken, "perplexity": {"value": float("nan")}, "excess_loss": None}
+    task = {"acc": {**broken, "n": 3, "source": {"value": 0.5}, "difference": None}, "alias": "a task"}
+    record = {"loss": broken, "domains": {"wiki": {"kl": broken}}, "tasks": {"arc": task}}
+    card = ModelCard(measured_card((made / "README.md").read_text(), mine, {"after": record}, name="x"))
+    rows = [line for line in card.text.splitlines() if "not a number" in line]
+    told = [row.split(" ")[1] for row in rows]
+    assert told == ["perplexity", "KL(source", "loss,", "wiki", "arc"]
+    assert all(row.count("not a number") == 1 for row in rows)
+    assert {each.metric_type for each in card.data.eval_results}.isdisjoint({"kl_divergence", "perplexity", "acc"})
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_nothing_foreign_breaks_the_card(made, name):
     number = {"value": 1.0, "stderr": 0.5}
@@ -129,6 +143,7 @@ def test_what_both_were_measured_on_stands_side_by_side_in_the_card(made):
     bytes_of = {side: {"peak": {"value": value, "stderr": 5e5}} for side, value in (("source", 2e9), ("model", 1e9))}
     generation = {
         "prompts": 32,
+        "prompts_from": "/home/someone/prompts.txt",
         "seed": 0,
         "units": {"length": "new tokens", "loops": "share that end in a loop", "equal": "tokens before they part"},
         "model": {"length": {"value": 128.0, "stderr": 0.0}, "loops": {"value": 0.25, "stderr": 0.05}},
@@ -142,7 +157,7 @@ def test_what_both_were_measured_on_stands_side_by_side_in_the_card(made):
     for line in (
         "| new tokens |  | 128 |  |",
         "| share that end in a loop |  | 0.250 ± 0.050 |  |",
-        "Measured with: prompts 32; seed 0; tokens before they part 3.5.",
+        "Measured with: prompts 32; prompts from prompts.txt; seed 0; tokens before they part 3.5.",
         "| bytes at most | 2 GB | 1 GB | 0.500 ± 0.010 |",
     ):
         assert line in lines

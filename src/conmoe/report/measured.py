@@ -1,7 +1,7 @@
 """What a card says was measured: the tables, and the same numbers as ``EvalResult`` for the hub.
 
 Numbers come from ``results.json`` and from files of ``conmoe evaluate --output``. Keys that are not there are not
-spoken of; what is no finite number is left out.
+spoken of; what was measured and is no finite number is called so in tables, and is not told to the hub.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def shown(found: Number | None, *, percent: bool = False) -> str:
-    return "" if found is None else with_error(*found, percent=percent)
+def shown(record: object, *, percent: bool = False) -> str:
+    """A cell of a table: empty where nothing was measured; a number that is not finite is null in a file."""
+    found = number(record)
+    if found is not None:
+        return with_error(*found, percent=percent)
+    value = record.get("value", "") if isinstance(record, Mapping) else ""
+    return "not a number" if value is None or isinstance(value, float) else ""
 
 
 def mapping(value: object) -> Mapping[str, Any]:
@@ -57,14 +62,13 @@ def text_names(data: object) -> list[str]:
 
 def fidelity_lines(fidelity: Mapping[str, Any]) -> list[str]:
     """The table of source against result."""
-    get = {key: number(fidelity.get(key)) for key, *_ in METRICS}
-    source = number(fidelity.get("source_loss"))
-    perplexity = None
+    get = {key: fidelity.get(key) for key in ("source_loss", *(key for key, *_ in METRICS))}
+    source, perplexity = number(get["source_loss"]), get["source_loss"]
     if source:
         value = math.exp(min(source[0], 700))
-        perplexity = (value, None if source[1] is None else value * source[1])
+        perplexity = {"value": value, "stderr": None if source[1] is None else value * source[1]}
     rows = [
-        ("loss, nats per token", shown(source), shown(get["loss"]), shown(get["excess_loss"])),
+        ("loss, nats per token", shown(get["source_loss"]), shown(get["loss"]), shown(get["excess_loss"])),
         ("perplexity", shown(perplexity), shown(get["perplexity"]), ""),
         ("KL(source \\|\\| model), nats per token", "", "", shown(get["kl"])),
         ("top-1 agreement with the source", "", "", shown(get["top1_agreement"], percent=True)),
@@ -112,10 +116,10 @@ def domain_lines(domains: Mapping[str, Any]) -> list[str]:
         cells = [
             escaped(name),
             _count(get.get("tokens")),
-            shown(number(get.get("kl"))),
-            shown(number(get.get("top1_agreement")), percent=True),
-            shown(number(get.get("excess_loss"))),
-            shown(number(get.get("perplexity"))),
+            shown(get.get("kl")),
+            shown(get.get("top1_agreement"), percent=True),
+            shown(get.get("excess_loss")),
+            shown(get.get("perplexity")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -128,18 +132,17 @@ def task_lines(tasks: Mapping[str, Any]) -> list[str]:
     ]
     for task, metrics in tasks.items():
         for name, record in mapping(metrics).items():
-            found = number(record)
-            if found is None:
-                continue
             get = mapping(record)
+            if not shown(record):
+                continue
             up = get.get("higher_is_better")
             cells = [
                 escaped(task),
                 escaped(name) + ("" if up is None else " ↑" if up else " ↓"),
                 _count(get.get("n")),
-                shown(number(get.get("source"))),
-                shown(found),
-                shown(number(get.get("difference"))),
+                shown(get.get("source")),
+                shown(record),
+                shown(get.get("difference")),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -187,13 +190,15 @@ def sides_lines(record: Mapping[str, Any]) -> list[str]:
         return []
     lines = [f"| | source | this model | {found.third} |", "|---|---:|---:|---:|"]
     for unit, source, model, third in found.rows:
-        last = shown(third) if found.third == "ratio" else amount(third, unit)
+        last = with_error(*third) if third and found.third == "ratio" else amount(third, unit)
         lines.append(f"| {escaped(unit)} | {amount(source, unit)} | {amount(model, unit)} | {last} |")
-    return [
-        *lines,
-        "",
-        f"Measured with: {'; '.join(f'{escaped(name)} {escaped(value)}' for name, value in found.facts)}.",
-    ]
+    facts = (f"{escaped(name)} {escaped(_without_folder(value))}" for name, value in found.facts)
+    return [*lines, "", f"Measured with: {'; '.join(facts)}."]
+
+
+def _without_folder(text: str) -> str:
+    """Of an absolute path the last part: a card is for others."""
+    return PurePath(text).name if PurePath(text).is_absolute() else text
 
 
 def eval_results(name: str, record: Mapping[str, Any], data: object, config: str | None = None) -> list[EvalResult]:

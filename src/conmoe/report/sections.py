@@ -183,7 +183,7 @@ def _overlap(results: Mapping[str, Any], tuned: bool) -> list[str]:
 
 def _evaluation(label: str, record: Mapping[str, Any]) -> list[str]:
     lines = ["", f"### Evaluation: {escaped(label)}", ""]
-    if measured.number(record.get("loss")):
+    if measured.shown(record.get("loss")):
         lines += [measured.basis(record, record.get("data")), "", *measured.fidelity_lines(record), ""]
     if domains := measured.mapping(record.get("domains")):
         lines += ["By domain; KL and loss in nats per token:", "", *measured.domain_lines(domains), ""]
