@@ -215,6 +215,19 @@ def test_evaluations_go_into_the_card_and_stay_with_the_result(hub, cli, result,
     check_files(result)
 
 
+def test_a_card_in_other_letters_is_refused_and_left_alone(hub, cli, result):
+    card = (
+        (result / "README.md")
+        .read_text()
+        .replace("## Licence", "By Andr\u00e9\n\n## Licence")
+        .encode("latin-1", "replace")
+    )
+    (result / "README.md").write_bytes(card)
+    assert "README.md is not in UTF-8" in one_sentence(cli("push", result, REPO), 1)
+    assert (result / "README.md").read_bytes() == card
+    assert not hub.repositories
+
+
 def test_the_code_of_a_pushed_card_names_its_repository(hub, cli, result):
     assert cli("push", result, REPO).code == 0
     (code,) = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), re.DOTALL)

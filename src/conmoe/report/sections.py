@@ -43,9 +43,16 @@ def refresh_card(folder: Path, *, name: str = "", base_model: str = "", more: Ma
     files = {file.stem: file for file in (folder / EVALUATIONS).glob("*.json")} | dict(more)
     evaluations = {label: read_evaluation(files[label]) for label in sorted(files)}
     results, tuning = (_json(folder / file) for file in (RESULTS, TUNING))
-    card = folder / CARD
-    text = card.read_text(errors="replace") if card.is_file() else ""
+    text = _card(folder / CARD)
     return measured_card(text, results, evaluations, tuning=tuning, name=name, base_model=base_model)
+
+
+def _card(file: Path) -> str:
+    try:
+        return file.read_text("utf-8") if file.is_file() else ""
+    except UnicodeDecodeError as error:
+        # Read in any other way, it would be written back with other letters than its owner's.
+        raise ConmoeError(f"{file} is not in UTF-8; save it as that.") from error
 
 
 def write_card(folder: Path, name: str) -> None:
@@ -68,7 +75,7 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConmoeError(f"{file} is no JSON file.") from error
     return found if isinstance(found, dict) else {}
