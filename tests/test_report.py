@@ -383,11 +383,3 @@ def test_on_the_command_line_with_figures(result, tmp_path, capsys):
     assert all(file.stat().st_size > 1000 for file in (tmp_path / "figures").iterdir())
     assert run("report", tmp_path / "nothing", "-o", tmp_path / "r.html").code == 2
     assert run("report", tmp_path, "-o", tmp_path / "r.html").code == 2
-
-
-@pytest.mark.parametrize("texts", [0, None])
-def test_a_distance_that_is_no_number_is_told_whether_any_is_one_or_not(result, texts):
-    (run,) = gather([result]).runs
-    portrait = run.portrait.model_copy(update={"not_finite": 3, "texts": run.portrait.texts[:texts]})
-    text = Page(page(Findings((replace(run, portrait=portrait),)), "x")).text
-    assert "the KL of 3 sequences is not a number" in text
