@@ -37,7 +37,10 @@ def main(arguments: Sequence[str]) -> None:
     print("Left in full precision:", ", ".join(kept) or "nothing")
     experts = [is_quantised(tensor) for name, tensor in weights(model) if ".experts." in name]
     if not experts or not all(experts):
-        sys.exit("The experts of this family have other names than those in EXPERTS: nothing was written.")
+        sys.exit(
+            "Experts stayed in full precision, because this family names them in another way than EXPERTS, or because "
+            "Transformers is too old to quantise them (5.17 is, 5.23 is not): nothing was written."
+        )
     model.save_pretrained(options.out)
     AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
     print(f"Wrote {options.out}.")
