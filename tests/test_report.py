@@ -306,6 +306,54 @@ def test_an_evaluation_knows_a_result_that_was_moved_by_its_weights(result, tmp_
     assert units["new tokens"].value == written["generation"]["model"]["length"]["value"]
 
 
+def test_no_evaluation_hides_another(result, tmp_path):
+    def number(value):
+        return {"value": value, "stderr": None}
+
+    def evaluated(name, value):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        tasks = {"arc": {"acc": number(value)}, f"only_{value}": {"acc": number(value)}}
+        speed = {"units": {"peak": "bytes"}, "model": {"peak": number(value)}, "source": None, "ratio": None}
+        domains = {"wiki": {"kl": number(value)}}
+        file.write_text(json.dumps({"model": str(result), "tasks": tasks, "domains": domains, "speed": speed}))
+        return file
+
+    files = [evaluated(name, value) for name, value in (("a.json", 0.1), ("b.json", 0.2), ("c/b.json", 0.3))]
+    (run,) = gather([result, *files]).runs
+    labels = ["", *(f" ({file})" for file in files[1:])]
+    values = (0.1, 0.2, 0.3)
+    assert {name: each["kl"].value for name, each in run.domains.items()} == {
+        f"wiki{label}": value for label, value in zip(labels, values, strict=True)
+    }
+    tasks = {row.task: row.result.value for row in run.parts["tasks"]}
+    assert tasks == {
+        **{f"arc{label}": value for label, value in zip(labels, values, strict=True)},
+        **{f"only_{value}": value for value in values},
+    }
+    headings = re.findall(r"<h3>(Speed and memory.*?)</h3>", page(Findings((run,)), "x"))
+    assert headings == [f"Speed and memory{label}" for label in labels]
+
+
+def test_an_evaluation_knows_a_result_whose_weights_are_elsewhere(result, tmp_path):
+    """A record may be copied alone; the evaluation lies where ``conmoe push`` puts it."""
+    file = tmp_path / "half" / "conmoe" / "evaluations" / "a.json"
+    shutil.copytree(result / "conmoe", tmp_path / "half" / "conmoe")
+    file.parent.mkdir(exist_ok=True)
+    tasks = {"arc": {"acc": {"value": 0.5}}}
+    file.write_text(json.dumps({"model": "half", "tasks": tasks, "fingerprint": "of its weights"}))
+    (run,) = gather([tmp_path / "half", file]).runs
+    assert [row.task for row in run.parts["tasks"]] == ["arc"]
+
+
+def test_an_evaluation_adds_to_a_result_of_a_demo(tmp_path):
+    one = {"form": "shared", "bytes": 1, "tokens": 8, "sequences": 2}
+    (tmp_path / "results.json").write_text(json.dumps({"keep": 0.5, "methods": {"a": one, "b": one}}))
+    file = tmp_path / "tasks.json"
+    file.write_text(json.dumps({"model": str(tmp_path / "b"), "tasks": {"arc": {"acc": {"value": 0.5}}}}))
+    assert [list(run.parts) for run in gather([tmp_path, file]).runs] == [[], ["tasks"]]
+
+
 @pytest.mark.parametrize("part", ["generation", "speed"])
 def test_what_was_compared_with_nothing_can_be_reported(part, tmp_path):
     file = tmp_path / "alone.json"

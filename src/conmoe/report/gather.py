@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -138,9 +139,10 @@ def gather(paths: Sequence[Path]) -> Findings:
                 evaluations.append((path, record))
             else:
                 raise UsageError(f"{path} is not a result, a bench, an evaluation or a diagnosis of conmoe.")
+    stems = Counter(path.stem for path, _ in evaluations)
     for path, record in evaluations:
         with _damaged(path):
-            runs = _with_evaluation(runs, path, record)
+            runs = _with_evaluation(runs, path, path.stem if stems[path.stem] == 1 else str(path), record)
     return Findings(tuple(runs), tuple(benches), tuple(diagnoses))
 
 
@@ -306,6 +308,7 @@ def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
                 numbers=_figures(each),
                 texts=("built-in text",),
                 portrait=portrait,
+                folder=(folder / name).resolve(),
                 facts=(("held-out tokens", f"{each['tokens']:,} in {each['sequences']:,} sequences"),),
                 **sizes,
             )
@@ -313,8 +316,11 @@ def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
     return found
 
 
-def _with_evaluation(runs: Sequence[Run], file: Path, record: Mapping[str, Any]) -> list[Run]:
-    """Runs with what an evaluation adds to the result that it measured; with one more for what has no place there."""
+def _with_evaluation(runs: Sequence[Run], file: Path, label: str, record: Mapping[str, Any]) -> list[Run]:
+    """Runs with what an evaluation adds to the result that it measured; with one more for what has no place there.
+
+    What has a name that is taken gets the ``label`` of its file.
+    """
     parts: dict[str, Any] = {name: _compared(record[name]) for name in PARTS[2:] if record.get(name)}
     if record.get("tasks"):
         parts = {"tasks": _tasks(record["tasks"]), **parts}
@@ -332,9 +338,7 @@ def _with_evaluation(runs: Sequence[Run], file: Path, record: Mapping[str, Any])
     known = next((run for run in runs if _is_of(record, file, run)), None)
     if known is None:
         return [*runs, alone]
-    changed = replace(
-        known, parts=_joined(known.parts, parts, file.stem), domains=_joined(known.domains, domains, file.stem)
-    )
+    changed = replace(known, parts=_joined(known.parts, parts, label), domains=_joined(known.domains, domains, label))
     if alone.numbers and not known.numbers:
         # What was measured later is all that is known of it.
         facts = tuple(fact for fact in known.facts if fact[0] not in dict(alone.facts))
@@ -342,26 +346,29 @@ def _with_evaluation(runs: Sequence[Run], file: Path, record: Mapping[str, Any])
     found = [changed if run is known else run for run in runs]
     if alone.numbers and known.numbers:
         row = replace(alone, form=known.form, method=known.method, keep=known.keep, calibrated=known.calibrated)
-        found.append(replace(row, name=f"{known.name} ({file.stem})", parts={}, domains={}))
+        found.append(replace(row, name=f"{known.name} ({label})", parts={}, domains={}))
     return found
 
 
 def _is_of(record: Mapping[str, Any], file: Path, run: Run) -> bool:
-    """Whether an evaluation is about a result: by the fingerprint of its weights, or by its folder."""
+    """Whether an evaluation is about a result: by the fingerprint of its weights where they are, or by its folder."""
     if run.folder is None:
         return False
-    if record.get("fingerprint"):
+    if record.get("fingerprint") and any(run.folder.glob("*.safetensors")):
         return bool(record["fingerprint"] == weights_fingerprint(run.folder))
     # A path of the command line was relative to where that was typed: here, where the file lies, or above that.
     return run.folder in ((base / record["model"]).resolve() for base in (Path(), *file.resolve().parents))
 
 
 def _joined(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """Both, tasks in one; what else has a name that is taken gets a ``label``."""
+    """Both, tasks in one; what has a name that is taken gets a ``label``."""
     found = dict(old)
     for name, value in new.items():
         if name == "tasks":
-            found[name] = (*found.get(name, ()), *value)
+            rows = found.get(name, ())
+            taken = {row.task for row in rows}
+            more = (replace(row, task=f"{row.task} ({label})") if row.task in taken else row for row in value)
+            found[name] = (*rows, *more)
         else:
             found[name if name not in found else f"{name} ({label})"] = value
     return found
