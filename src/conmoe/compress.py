@@ -271,5 +271,6 @@ def check(
 
 
 def calibration_documents(result: Path) -> tuple[str, ...]:
-    """Short hashes of the texts that a result was calibrated on."""
-    return tuple(json.loads((result / PLAN_FOLDER / RESULTS).read_text())["calibration_documents"])
+    """Short hashes of the texts that a model was calibrated on; none where it does not say so."""
+    file = result / PLAN_FOLDER / RESULTS
+    return tuple(json.loads(file.read_text())["calibration_documents"]) if file.is_file() else ()

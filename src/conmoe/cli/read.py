@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +61,21 @@ def read_data(
 
 
 def read_held_out(
-    folder: Path, own: list[str] | None, calibrated: TokenData, data: list[str] | None, tokens: int, **how: Any
+    folder: Path, own: list[str] | None, used: Sequence[str], data: list[str] | None, tokens: int, **how: Any
 ) -> TokenData:
-    """Text to measure on: what was named for it, or what ``data`` has beside the calibrated, or built-in text."""
+    """Text to measure on: what was named for it, or what ``data`` has beside ``used`` documents, or built-in text."""
     if own or not data:
         return read_data(folder, own, tokens, part="evaluation", **how)
-    try:
-        return read_data(folder, data, tokens, part="evaluation", without=calibrated.documents, **how)
-    except UsageError:
-        say(
-            f"--data has no {tokens:,} tokens beside those calibrated on: measuring on the evaluation part of the "
-            f"{BUILTIN_NAME}, which is other text; better give --eval-data."
-        )
-        return read_data(folder, None, tokens, part="evaluation", quiet=True, **how)
+    for amount in (tokens, tokens // 2, tokens // 4):
+        try:
+            return read_data(folder, data, max(1, amount), part="evaluation", without=used, **how)
+        except UsageError:  # too little text is left
+            continue
+    say(
+        "--data has too little text beside that which was used: measuring on the evaluation part of the "
+        f"{BUILTIN_NAME}, which is other text; better give --eval-data."
+    )
+    return read_data(folder, None, tokens, part="evaluation", quiet=True, **how)
 
 
 def read_specs(data: list[str] | None, option: str = "--data") -> list[DataSpec]:

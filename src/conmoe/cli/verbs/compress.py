@@ -197,7 +197,7 @@ def compress(
     held_out = None
     if evaluate_tokens:
         how = {"seq_len": seq_len, "seed": seed, "trust_remote_code": trust_remote_code}
-        held_out = read_held_out(folder, evaluate_data, text, data, evaluate_tokens, **how)
+        held_out = read_held_out(folder, evaluate_data, text.documents, data, evaluate_tokens, **how)
         notes.overlapping(held_out, text.documents)
     kept = work or out.with_name(out.name + ".work")
     result = conmoe.compress(

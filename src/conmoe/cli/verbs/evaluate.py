@@ -238,8 +238,7 @@ def _read_text(
 
     specs = [split_name(text)[1] for text in data or []]
     text = read_data(folder, specs or None, tokens, seq_len, seed, trust_remote_code, part="evaluation")
-    if (folder / "conmoe" / "results.json").is_file():
-        notes.overlapping(text, conmoe.calibration_documents(folder))
+    notes.overlapping(text, conmoe.calibration_documents(folder))
     return text
 
 

@@ -132,8 +132,9 @@ def tune(
     held_out = None
     if evaluate_tokens:
         how = {"seq_len": seq_len, "seed": seed, "trust_remote_code": trust_remote_code}
-        held_out = read_held_out(folder, evaluate_data, text, data, evaluate_tokens, **how)
-        notes.overlapping(held_out, text.documents)
+        used = (*text.documents, *conmoe.calibration_documents(folder))
+        held_out = read_held_out(folder, evaluate_data, used, data, evaluate_tokens, **how)
+        notes.overlapping(held_out, used)
     tuned = conmoe.tune(folder, out, text, options, console.Bars(), against=source, held_out=held_out, force=force)
     if json:
         console.emit(tuned.as_json())
