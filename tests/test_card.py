@@ -107,7 +107,7 @@ def test_what_is_no_number_is_called_so_and_what_was_not_measured_is_not_spoken_
     told = [row.split(" ")[1] for row in rows]
     assert told == ["perplexity", "KL(source", "loss,", "wiki", "arc"]
     assert all(row.count("not a number") == 1 for row in rows)
-    assert {each.metric_type for each in card.data.eval_results}.isdisjoint({"kl_divergence", "perplexity", "acc"})
+    assert {each.metric_type for each in card.data["eval_results"]}.isdisjoint({"kl_divergence", "perplexity", "acc"})
 
 
 @pytest.mark.parametrize("name", HOSTILE)
