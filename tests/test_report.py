@@ -19,7 +19,8 @@ from conmoe.demo import demo_model
 from conmoe.portrait import Lost, load_portrait
 from conmoe.progress import SILENT
 from conmoe.report import plots
-from conmoe.report.gather import Figure, Findings, Run, gather
+from conmoe.report.gather import Findings, gather
+from conmoe.report.runs import Figure, Run
 from conmoe.report.write import VERDICTS, other_text, page, verdict
 from tests.commands import runner
 

@@ -17,7 +17,7 @@ from conmoe.report.numbers import with_error
 if TYPE_CHECKING:
     from conmoe.diagnosis import Diagnosis, Estimate
     from conmoe.evaluate import Fidelity, Measured
-    from conmoe.report.gather import Run
+    from conmoe.report.runs import Run
     from conmoe.slicing import Slicing
 
 

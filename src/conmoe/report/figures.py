@@ -8,7 +8,8 @@ from typing import Any
 
 from conmoe.portrait import LayerPortrait, Portrait
 from conmoe.report import plots
-from conmoe.report.gather import Findings, Run
+from conmoe.report.gather import Findings
+from conmoe.report.runs import Run
 from conmoe.types import UsageError
 
 KEPT, REDIRECTED, DROPPED, CONSTANT = "#174a8b", "#5f93cf", "#8b929c", "#b0761a"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,87 +14,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from conmoe.diagnosis import Diagnosis
-from conmoe.manifest import weights_fingerprint
-from conmoe.portrait import REPORT_JSON, Portrait, load_portrait
+from conmoe.portrait import REPORT_JSON, load_portrait
 from conmoe.report.bench import facts as bench_facts
-from conmoe.report.measured import number, sides, text_names
+from conmoe.report.evaluations import with_evaluation
+from conmoe.report.runs import MEASURED, Figure, Run, figures, text_labels
 from conmoe.report.sections import KEYS
 from conmoe.results import BENCH_JSON, Bench, Number, Row, load_bench
 from conmoe.types import ConmoeError, UsageError
 
 #: Where a result keeps what was measured, and a demo all of its results.
 RESULT, DEMO = Path("conmoe", "results.json"), "results.json"
-#: The numbers of a fidelity that are shown, by their names in the files.
-MEASURED = ("kl", "top1_agreement", "excess_loss", "perplexity")
-#: What ``conmoe evaluate`` adds on request.
-PARTS = ("domains", "tasks", "generation", "speed")
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A mean and its standard error, None where it cannot be known."""
-
-    value: float
-    stderr: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One result: how large it is, how far from its source, and how it was made."""
-
-    name: str
-    form: str = ""
-    method: str = ""
-    keep: str = ""
-    group: str = ""
-    bytes: float | None = None
-    source_bytes: float | None = None
-    numbers: Mapping[str, Figure] = field(default_factory=dict)  # of MEASURED
-    domains: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
-    parts: Mapping[str, Any] = field(default_factory=dict)  # tasks, generation, speed, as they were written
-    texts: tuple[str, ...] = ()  # what it was measured on
-    calibrated: tuple[str, ...] = ()  # and calibrated on
-    facts: tuple[tuple[str, str], ...] = ()
-    warnings: tuple[str, ...] = ()
-    error: str = ""
-    portrait: Portrait | None = None
-    folder: Path | None = None
-
-    @property
-    def share(self) -> float | None:
-        """Of the source's bytes."""
-        return self.bytes / self.source_bytes if self.bytes and self.source_bytes else None
-
-    @property
-    def yardstick(self) -> tuple[object, ...]:
-        """What its numbers are relative to: source, texts and how much of them."""
-        return self.source_bytes, self.texts, dict(self.facts).get("held-out tokens")
-
-
-def comparable(runs: Sequence[Run]) -> bool:
-    """Whether the numbers of all runs that have some were taken in the same way."""
-    return len({run.yardstick for run in runs if run.numbers and not run.error}) <= 1
-
-
-@dataclass(frozen=True, slots=True)
-class TaskRow:
-    """A metric of a benchmark task: of the result, of the source, and the paired difference."""
-
-    task: str
-    metric: str
-    result: Figure
-    source: Figure | None
-    difference: Figure | None
-    documents: str
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """What was measured of source and result alike: rows of a unit, both numbers, and their ``third``."""
-
-    third: str
-    rows: tuple[tuple[str, Figure | None, Figure | None, Figure | None], ...]
-    facts: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +70,7 @@ def gather(paths: Sequence[Path]) -> Findings:
     stems = Counter(path.stem for path, _ in evaluations)
     for path, record in evaluations:
         with _damaged(path):
-            runs = _with_evaluation(runs, path, path.stem if stems[path.stem] == 1 else str(path), record)
+            runs = with_evaluation(runs, path, path.stem if stems[path.stem] == 1 else str(path), record)
     return Findings(tuple(runs), tuple(benches), tuple(diagnoses))
 
 
@@ -236,9 +164,9 @@ def _result(folder: Path, record: Mapping[str, Any]) -> Run:
         keep=str(record["keep"]),
         bytes=float(record["bytes"]),
         source_bytes=float(record["source_bytes"]),
-        numbers=_figures(fidelity or {}),
+        numbers=figures(fidelity or {}),
         texts=_own_texts(record, tuned) if fidelity else (),
-        calibrated=_names(record["calibration"]["data"]),
+        calibrated=text_labels(record["calibration"]["data"]),
         facts=_facts(record, record["calibration"], fidelity, tuned),
         warnings=tuple(str(each["text"]) for each in record.get("warnings", ())),
         portrait=load_portrait(folder / RESULT.parent / REPORT_JSON),
@@ -248,12 +176,7 @@ def _result(folder: Path, record: Mapping[str, Any]) -> Run:
 
 def _own_texts(record: Mapping[str, Any], tuned: Mapping[str, Any] | None) -> tuple[str, ...]:
     given = (tuned.get("held_out") or {}).get("sources") if tuned else record.get("held_out")
-    return _names(given)
-
-
-def _names(texts: Any) -> tuple[str, ...]:
-    """Names of texts without how much of each there was."""
-    return tuple(re.sub(r": [\d,]+ sequences, weight \S+$", "", name) for name in text_names(texts))
+    return text_labels(given)
 
 
 def _tuned(folder: Path) -> dict[str, Any] | None:
@@ -305,7 +228,7 @@ def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
                 name=name,
                 form=each["form"],
                 keep=str(record["keep"]),
-                numbers=_figures(each),
+                numbers=figures(each),
                 texts=("built-in text",),
                 portrait=portrait,
                 folder=(folder / name).resolve(),
@@ -314,99 +237,3 @@ def _demo_runs(folder: Path, record: Mapping[str, Any]) -> list[Run]:
             )
         )
     return found
-
-
-def _with_evaluation(runs: Sequence[Run], file: Path, label: str, record: Mapping[str, Any]) -> list[Run]:
-    """Runs with what an evaluation adds to the result that it measured; with one more for what has no place there.
-
-    What has a name that is taken gets the ``label`` of its file.
-    """
-    parts: dict[str, Any] = {name: _compared(record[name]) for name in PARTS[2:] if record.get(name)}
-    if record.get("tasks"):
-        parts = {"tasks": _tasks(record["tasks"]), **parts}
-    domains = {name: _figures(each) for name, each in (record.get("domains") or {}).items()}
-    alone = Run(
-        name=Path(record["model"]).name,
-        bytes=record.get("bytes"),
-        source_bytes=record.get("source_bytes"),
-        numbers=_figures(record),
-        texts=_names(record.get("data")) if "loss" in record else (),
-        domains=domains,
-        parts=parts,
-        facts=_evaluation_facts(record),
-    )
-    known = next((run for run in runs if _is_of(record, file, run)), None)
-    if known is None:
-        return [*runs, alone]
-    changed = replace(known, parts=_joined(known.parts, parts, label), domains=_joined(known.domains, domains, label))
-    if alone.numbers and not known.numbers:
-        # What was measured later is all that is known of it.
-        facts = tuple(fact for fact in known.facts if fact[0] not in dict(alone.facts))
-        changed = replace(changed, numbers=alone.numbers, texts=alone.texts, facts=facts + alone.facts)
-    found = [changed if run is known else run for run in runs]
-    if alone.numbers and known.numbers:
-        row = replace(alone, form=known.form, method=known.method, keep=known.keep, calibrated=known.calibrated)
-        found.append(replace(row, name=f"{known.name} ({label})", parts={}, domains={}))
-    return found
-
-
-def _is_of(record: Mapping[str, Any], file: Path, run: Run) -> bool:
-    """Whether an evaluation is about a result: by the fingerprint of its weights where they are, or by its folder."""
-    if run.folder is None:
-        return False
-    if record.get("fingerprint") and any(run.folder.glob("*.safetensors")):
-        return bool(record["fingerprint"] == weights_fingerprint(run.folder))
-    # A path of the command line was relative to where that was typed: here, where the file lies, or above that.
-    return run.folder in ((base / record["model"]).resolve() for base in (Path(), *file.resolve().parents))
-
-
-def _joined(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """Both, tasks in one; what has a name that is taken gets a ``label``."""
-    found = dict(old)
-    for name, value in new.items():
-        if name == "tasks":
-            rows = found.get(name, ())
-            taken = {row.task for row in rows}
-            more = (replace(row, task=f"{row.task} ({label})") if row.task in taken else row for row in value)
-            found[name] = (*rows, *more)
-        else:
-            found[name if name not in found else f"{name} ({label})"] = value
-    return found
-
-
-def _evaluation_facts(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    counted = f"{record['tokens']:,} in {record['sequences']:,} sequences" if "tokens" in record else ""
-    rows = [
-        ("measured on", "; ".join(record.get("data", ()))),
-        ("held-out tokens", counted),
-        ("compared with", str(record.get("against") or "nothing")),
-    ]
-    return tuple((name, value) for name, value in rows if value)
-
-
-def _tasks(tasks: Mapping[str, Any]) -> tuple[TaskRow, ...]:
-    """Every metric of every task that has a number."""
-    return tuple(
-        TaskRow(
-            task, metric, figure, _figure(each.get("source")), _figure(each.get("difference")), str(each.get("n", ""))
-        )
-        for task, metrics in tasks.items()
-        for metric, each in metrics.items()
-        if isinstance(each, dict) and (figure := _figure(each)) is not None
-    )
-
-
-def _compared(record: Mapping[str, Any]) -> Compared:
-    found = sides(record)
-    rows = ((unit, *(each and Figure(*each) for each in numbers)) for unit, *numbers in found.rows)
-    return Compared(found.third, tuple(rows), found.facts)  # type: ignore[arg-type]  # three numbers to a row
-
-
-def _figure(record: Any) -> Figure | None:
-    """A mean as it is written; None for anything that is no number."""
-    found = number(record) if isinstance(record, dict) else None
-    return None if found is None else Figure(*found)
-
-
-def _figures(record: Mapping[str, Any]) -> dict[str, Figure]:
-    return {name: figure for name in MEASURED if (figure := _figure(record.get(name))) is not None}

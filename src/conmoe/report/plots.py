@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from conmoe.portrait import LayerPortrait
-from conmoe.report.gather import Run, comparable
+from conmoe.report.runs import Run, comparable
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 34, 16, 54

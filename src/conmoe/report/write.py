@@ -17,9 +17,10 @@ from conmoe.artifacts import write_atomic
 from conmoe.progress import Progress
 from conmoe.report import plots
 from conmoe.report.figures import check_matplotlib, draw
-from conmoe.report.gather import Figure, Findings, Run, comparable, gather
+from conmoe.report.gather import Findings, gather
 from conmoe.report.measured import amount
 from conmoe.report.numbers import size, with_error
+from conmoe.report.runs import Figure, Run, comparable
 from conmoe.types import UsageError
 
 REPORT_HTML = "report.html"
