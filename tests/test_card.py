@@ -143,7 +143,7 @@ def test_what_both_were_measured_on_stands_side_by_side_in_the_card(made):
     bytes_of = {side: {"peak": {"value": value, "stderr": 5e5}} for side, value in (("source", 2e9), ("model", 1e9))}
     generation = {
         "prompts": 32,
-        "prompts_from": "/home/someone/prompts.txt",
+        "prompts_from": str(made / "prompts.txt"),
         "seed": 0,
         "units": {"length": "new tokens", "loops": "share that end in a loop", "equal": "tokens before they part"},
         "model": {"length": {"value": 128.0, "stderr": 0.0}, "loops": {"value": 0.25, "stderr": 0.05}},
