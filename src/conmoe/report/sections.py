@@ -65,6 +65,8 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is something else.
     """
+    if not file.is_file():
+        raise UsageError(f"{file} is no file; make one with conmoe evaluate OUT --against MODEL --output FILE.")
     found = _json(file)
     if not found or not any(key in found for key in KEYS):
         raise UsageError(f"{file} is no evaluation; make one with conmoe evaluate OUT --against MODEL --output FILE.")
