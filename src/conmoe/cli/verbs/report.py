@@ -37,9 +37,13 @@ def report(
 
     Example: `conmoe report olmoe-half olmoe-quarter evaluation.json -o report.html`
     """
+    from conmoe.report.runs import comparable
+
     found = conmoe.write_report(results, output, title=title, figures=figures)
     console.stdout.print(tables.runs_table(found.runs))
     head = conmoe.headline(found.runs)
     if head:
         console.stdout.print(Text(f"{head.name}: {conmoe.verdict(head)}"))
+    if not comparable(found.runs):
+        say("Note: these results were not measured alike (texts, how much of them, or sources); the page says which.")
     say(f"The report is in {output}." + (f" The figures are in {figures}." if figures else ""))
