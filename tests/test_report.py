@@ -20,7 +20,8 @@ from conmoe.portrait import Lost, load_portrait
 from conmoe.progress import SILENT
 from conmoe.report import plots
 from conmoe.report.gather import Findings, gather
-from conmoe.report.runs import Figure, Run
+from conmoe.report.measured import Figure
+from conmoe.report.runs import Run
 from conmoe.report.write import VERDICTS, other_text, page, verdict
 from tests.commands import runner
 

@@ -12,7 +12,8 @@ import pytest
 from conmoe.diagnosis import Planned, Use
 from conmoe.portrait import LayerPortrait, LostText, LostToken, Portrait
 from conmoe.report.gather import Findings
-from conmoe.report.runs import Compared, Figure, Run, TaskRow
+from conmoe.report.measured import Compared, Figure
+from conmoe.report.runs import Run, TaskRow
 from conmoe.report.write import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -30,6 +30,7 @@ from conmoe.manifest import (
 from conmoe.progress import Progress
 from conmoe.report.card import UNNAMED
 from conmoe.report.escape import one_line
+from conmoe.report.measured import without_folder
 from conmoe.report.sections import EVALUATIONS, read_evaluation, refresh_card
 from conmoe.shards import read_entries
 from conmoe.types import ConmoeError, UsageError
@@ -216,7 +217,7 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_folders(each) for each in value]
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+    return without_folder(value) if isinstance(value, str) else value
 
 
 def _check_about(out: Path, file: Path) -> None:

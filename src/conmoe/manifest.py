@@ -96,8 +96,10 @@ def reseal(folder: Path, paths: Iterable[str]) -> ResultManifest:
     return made
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """What a checkpoint is told from others by, of its configuration and of samples of its weights."""
+def weights_fingerprint(folder: Path) -> str | None:
+    """What a checkpoint is told from others by, of its configuration and of samples of its weights, if it has any."""
+    if not any(folder.glob("*.safetensors")):
+        return None
     return checkpoint_fingerprint(folder, (entry.file for entry in read_entries(folder).values()))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -43,9 +42,9 @@ def fidelity_table(title: str, rows: Sequence[tuple[str, str, Fidelity]]) -> Gro
 
 def held_out(fidelity: Fidelity, texts: Sequence[str]) -> str:
     """What a measurement is about, as a title: how many tokens of which texts."""
-    from conmoe.documents import HUB_PREFIX
+    from conmoe.report.measured import text_names
 
-    names = "; ".join(text if text.startswith(HUB_PREFIX) else PurePath(text).name for text in texts)
+    names = "; ".join(text_names(texts))
     return f"{fidelity.tokens:,} held-out tokens: {names}" if names else f"{fidelity.tokens:,} held-out tokens"
 
 

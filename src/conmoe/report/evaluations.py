@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from conmoe.manifest import weights_fingerprint
-from conmoe.report.measured import sides
-from conmoe.report.runs import Compared, Figure, Run, TaskRow, figure, figures, text_labels
+from conmoe.report.measured import compared
+from conmoe.report.runs import Run, TaskRow, figure, figures, text_labels
 
 
 def with_evaluation(runs: Sequence[Run], file: Path, label: str, record: Mapping[str, Any]) -> list[Run]:
@@ -17,7 +17,7 @@ def with_evaluation(runs: Sequence[Run], file: Path, label: str, record: Mapping
 
     What has a name that is taken gets the ``label`` of its file.
     """
-    parts: dict[str, Any] = {name: _compared(record[name]) for name in ("generation", "speed") if record.get(name)}
+    parts: dict[str, Any] = {name: compared(record[name]) for name in ("generation", "speed") if record.get(name)}
     if record.get("tasks"):
         parts = {"tasks": _tasks(record["tasks"]), **parts}
     domains = {name: figures(each) for name, each in (record.get("domains") or {}).items()}
@@ -50,8 +50,8 @@ def _is_of(record: Mapping[str, Any], file: Path, run: Run) -> bool:
     """Whether an evaluation is about a result: by the fingerprint of its weights where they are, or by its folder."""
     if run.folder is None:
         return False
-    if record.get("fingerprint") and any(run.folder.glob("*.safetensors")):
-        return bool(record["fingerprint"] == weights_fingerprint(run.folder))
+    if record.get("fingerprint") and (own := weights_fingerprint(run.folder)):
+        return bool(record["fingerprint"] == own)
     # A path of the command line was relative to where that was typed: here, where the file lies, or above that.
     return run.folder in ((base / record["model"]).resolve() for base in (Path(), *file.resolve().parents))
 
@@ -88,9 +88,3 @@ def _tasks(tasks: Mapping[str, Any]) -> tuple[TaskRow, ...]:
         for metric, each in metrics.items()
         if isinstance(each, dict) and (own := figure(each)) is not None
     )
-
-
-def _compared(record: Mapping[str, Any]) -> Compared:
-    found = sides(record)
-    rows = ((unit, *(each and Figure(*each) for each in numbers)) for unit, *numbers in found.rows)
-    return Compared(found.third, tuple(rows), found.facts)  # type: ignore[arg-type]  # three numbers to a row

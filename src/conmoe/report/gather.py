@@ -17,7 +17,8 @@ from conmoe.diagnosis import Diagnosis
 from conmoe.portrait import REPORT_JSON, load_portrait
 from conmoe.report.bench import facts as bench_facts
 from conmoe.report.evaluations import with_evaluation
-from conmoe.report.runs import MEASURED, Figure, Run, figures, text_labels
+from conmoe.report.measured import Figure
+from conmoe.report.runs import MEASURED, Run, figures, text_labels
 from conmoe.report.sections import KEYS
 from conmoe.results import BENCH_JSON, Bench, Number, Row, load_bench
 from conmoe.types import ConmoeError, UsageError

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult
 
@@ -26,15 +26,21 @@ METRICS = (
     ("loss", "loss", "cross_entropy", "nats per token"),
     ("perplexity", "perplexity", "perplexity", ""),
 )
-Number = tuple[float, float | None]
 
 
-def number(record: object) -> Number | None:
+class Figure(NamedTuple):
+    """A mean and its standard error, None where it cannot be known."""
+
+    value: float
+    stderr: float | None = None
+
+
+def number(record: object) -> Figure | None:
     """Value and standard error of ``{"value", "stderr"}`` or of a plain number; None for anything else."""
     value, error = (record.get("value"), record.get("stderr")) if isinstance(record, Mapping) else (record, None)
     if not _finite(value):
         return None
-    return float(value), float(error) if _finite(error) else None  # type: ignore[arg-type]  # checked above
+    return Figure(float(value), float(error) if _finite(error) else None)  # type: ignore[arg-type]  # checked above
 
 
 def _finite(value: object) -> bool:
@@ -149,15 +155,15 @@ def task_lines(tasks: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sides:
+class Compared:
     """What was measured of source and result alike: rows of a unit, both numbers and their ``third``, and settings."""
 
     third: str
-    rows: tuple[tuple[str, Number | None, Number | None, Number | None], ...]
+    rows: tuple[tuple[str, Figure | None, Figure | None, Figure | None], ...]
     facts: tuple[tuple[str, str], ...]
 
 
-def sides(record: Mapping[str, Any]) -> Sides:
+def compared(record: Mapping[str, Any]) -> Compared:
     """Generation, or speed: settings, then ``units``, ``source``, ``model``, and a ``difference`` or ``ratio``."""
     units, third = mapping(record.get("units")), "ratio" if "ratio" in record else "difference"
     found = [mapping(record.get(side)) for side in ("source", "model", third)]  # null where nothing was compared
@@ -170,10 +176,10 @@ def sides(record: Mapping[str, Any]) -> Sides:
     for name, value in mapping(record.get("agreement")).items():
         if (agreed := number(value)) is not None:
             facts.append((str(units.get(name, name)), f"{agreed[0]:.4g}"))
-    return Sides(third, tuple(rows), tuple((str(name).replace("_", " "), str(value)) for name, value in facts))
+    return Compared(third, tuple(rows), tuple((str(name).replace("_", " "), str(value)) for name, value in facts))
 
 
-def amount(found: Number | None, unit: str) -> str:
+def amount(found: Figure | None, unit: str) -> str:
     """A number of a unit: bytes as sizes, what is whole and certain as a whole number."""
     if found is None:
         return ""
@@ -183,20 +189,20 @@ def amount(found: Number | None, unit: str) -> str:
     return f"{value:,.0f}" if not error and value == int(value) else with_error(value, error)
 
 
-def sides_lines(record: Mapping[str, Any]) -> list[str]:
+def compared_lines(record: Mapping[str, Any]) -> list[str]:
     """Generation, or speed: the table of source against result, and how it was measured."""
-    found = sides(record)
+    found = compared(record)
     if not found.rows:
         return []
     lines = [f"| | source | this model | {found.third} |", "|---|---:|---:|---:|"]
     for unit, source, model, third in found.rows:
         last = with_error(*third) if third and found.third == "ratio" else amount(third, unit)
         lines.append(f"| {escaped(unit)} | {amount(source, unit)} | {amount(model, unit)} | {last} |")
-    facts = (f"{escaped(name)} {escaped(_without_folder(value))}" for name, value in found.facts)
+    facts = (f"{escaped(name)} {escaped(without_folder(value))}" for name, value in found.facts)
     return [*lines, "", f"Measured with: {'; '.join(facts)}."]
 
 
-def _without_folder(text: str) -> str:
+def without_folder(text: str) -> str:
     """Of an absolute path the last part: a card is for others."""
     return PurePath(text).name if PurePath(text).is_absolute() else text
 

@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from conmoe.portrait import Portrait
-from conmoe.report.measured import number, text_names
+from conmoe.report.measured import Figure, number, text_names
 
 #: The numbers of a fidelity that are shown, by their names in the files.
 MEASURED = ("kl", "top1_agreement", "excess_loss", "perplexity")
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A mean and its standard error, None where it cannot be known."""
-
-    value: float
-    stderr: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +65,6 @@ class TaskRow:
     documents: str
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """What was measured of source and result alike: rows of a unit, both numbers, and their ``third``."""
-
-    third: str
-    rows: tuple[tuple[str, Figure | None, Figure | None, Figure | None], ...]
-    facts: tuple[tuple[str, str], ...]
-
-
 def text_labels(texts: Any) -> tuple[str, ...]:
     """Names of texts without how much of each there was."""
     return tuple(re.sub(r": [\d,]+ sequences, weight \S+$", "", name) for name in text_names(texts))
@@ -89,8 +72,7 @@ def text_labels(texts: Any) -> tuple[str, ...]:
 
 def figure(record: Any) -> Figure | None:
     """A mean as it is written; None for anything that is no number."""
-    found = number(record) if isinstance(record, dict) else None
-    return None if found is None else Figure(*found)
+    return number(record) if isinstance(record, dict) else None
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, Figure]:

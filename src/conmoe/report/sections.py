@@ -204,7 +204,7 @@ def _evaluation(label: str, record: Mapping[str, Any]) -> list[str]:
             "",
         ]
     for key, title in (("generation", "Generated text"), ("speed", "Speed and memory")):
-        if rows := measured.sides_lines(measured.mapping(record.get(key))):
+        if rows := measured.compared_lines(measured.mapping(record.get(key))):
             lines += [f"{title}:", "", *rows, ""]
     return lines[:-1] if lines[-1] == "" else lines
 

@@ -18,9 +18,9 @@ from conmoe.progress import Progress
 from conmoe.report import plots
 from conmoe.report.figures import check_matplotlib, draw
 from conmoe.report.gather import Findings, gather
-from conmoe.report.measured import amount
+from conmoe.report.measured import Figure, amount
 from conmoe.report.numbers import size, with_error
-from conmoe.report.runs import Figure, Run, comparable
+from conmoe.report.runs import Run, comparable
 from conmoe.types import UsageError
 
 REPORT_HTML = "report.html"
@@ -179,4 +179,4 @@ def _fates(run: Run) -> set[str]:
 
 
 def _amount(figure: Figure | None, unit: str) -> str:
-    return amount((figure.value, figure.stderr), unit) if figure else "-"
+    return amount(figure, unit) if figure else "-"

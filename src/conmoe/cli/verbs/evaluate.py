@@ -172,7 +172,7 @@ def evaluate(
         text = _read_text(folder, data, tokens, seq_len, seed, trust_remote_code)
     record: dict[str, Any] = {
         "model": str(model),
-        "fingerprint": weights_fingerprint(folder) if any(folder.glob("*.safetensors")) else None,
+        "fingerprint": weights_fingerprint(folder),
         "against": against,
         "data": [part.source for part in text.sources] if text else [],
     }
