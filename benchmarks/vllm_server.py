@@ -185,12 +185,17 @@ def _in_transformers(folder: Path, route: str, scratch: Path) -> list[list[int]]
     output = scratch / "tokens.json"
     command = [sys.executable, __file__, str(folder), "--tokens-of", str(folder), route, "--output", str(output)]
     environment = {**os.environ, **SETTINGS, "HF_MODULES_CACHE": str(scratch / "reference")}
+    tokens: list[list[int]] = answer_of(command, environment, output)
+    return tokens
+
+
+def answer_of(command: list[str], environment: dict[str, str], output: Path) -> Any:
+    """The JSON that a process with Transformers leaves in ``output``."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=START_SECONDS)
     if done.returncode:
         why = done.stderr.strip() or f"exit code {done.returncode}"
         raise RuntimeError(f"Transformers failed: {why.splitlines()[-1]}")
-    tokens: list[list[int]] = json.loads(output.read_text())
-    return tokens
+    return json.loads(output.read_text())
 
 
 def request(url: str, body: dict[str, Any] | None = None) -> Any:

@@ -200,7 +200,7 @@ def _write_rest(source: Source, plan: Plan, form: Form, config: Mapping[str, Any
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (out / PLAN_FOLDER).mkdir(exist_ok=True)
     write_plan(out / PLAN_FOLDER, plan, weights=False)
-    (out / "README.md").write_text(model_card(source.folder, plan, form))
+    (out / "README.md").write_text(model_card(source.folder, plan, form, config))
 
 
 def copy_beside(folder: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -148,6 +149,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
+
+
+def read_measured(file: Path | None) -> dict[str, Any]:
+    """What :func:`write_json` kept by name, NaN for the numbers that became null; nothing where there is no file."""
+    kept = json.loads(file.read_text()) if file and file.is_file() else {}
+    return {name: math.nan if value is None else value for name, value in kept.items()}
 
 
 @contextmanager

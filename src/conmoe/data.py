@@ -30,6 +30,7 @@ __all__ = [
     "DataSpec",
     "SourceCount",
     "TokenData",
+    "TooLittleText",
     "builtin_documents",
     "check_tokenizer",
     "fingerprint",
@@ -45,6 +46,10 @@ _CHARACTERS_PER_TOKEN = 8
 _SCANNED_CHARACTERS = 2**28
 _SCANNED_HUB_CHARACTERS = 2**24
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+class TooLittleText(UsageError):
+    """The sources do not hold as many tokens as were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +223,7 @@ def _shares(specs: Sequence[DataSpec], sequences: int) -> list[int]:
         counts[index] += 1
     for spec, count in zip(specs, counts, strict=True):
         if count == 0:
-            raise UsageError(
+            raise TooLittleText(
                 f"--data {spec.source}@{spec.weight:g} would give none of the {sequences} sequences; "
                 "raise --tokens or its weight, lower --seq-len, or leave it out."
             )
@@ -261,7 +266,7 @@ def _sample(draw: _Draw, budget: int) -> tuple[list[Piece], bool]:
 
 def _require_enough(spec: DataSpec, found: int, count: int, seq_len: int) -> None:
     if found < count * seq_len:
-        raise UsageError(
+        raise TooLittleText(
             f"{spec.source} holds {found:,} tokens, but {count * seq_len:,} are needed of it ({count:,} sequences of "
             f"{seq_len:,}); lower --tokens or --seq-len, or add --data."
         )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
-from conmoe.artifacts import read_layer, read_tokens, write_json
+from conmoe.artifacts import read_layer, read_measured, read_tokens, write_json
 from conmoe.budgets import Context
 from conmoe.condense import LastHidden, Order, search
 from conmoe.folding import can_be_dense
@@ -129,8 +127,7 @@ class _Remembered:
 
     def __init__(self, measure: LastHidden, work: Path | None) -> None:
         self._measure, self._file = measure, work and work / MEASURED
-        kept = json.loads(self._file.read_text()) if self._file and self._file.is_file() else {}
-        self._known = {name: math.nan if value is None else value for name, value in kept.items()}
+        self._known = read_measured(self._file)
 
     def __call__(self, chosen: Order, candidates: Sequence[int]) -> dict[int, float]:
         names = {layer: ",".join(map(str, sorted((*chosen, layer)))) for layer in candidates}

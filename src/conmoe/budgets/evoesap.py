@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Annotated
 import torch
 from torch import Generator, Tensor
 
-from conmoe.artifacts import read_tokens, write_json
+from conmoe.artifacts import read_measured, read_tokens, write_json
 from conmoe.budgets import Context
 from conmoe.observe import IMPLEMENTATION
 from conmoe.outputs import forget_prototypes
@@ -131,8 +129,7 @@ def overlap(one_SV: Tensor, other_SV: Tensor) -> Tensor:
 def _remembered(fitness: Callable[[Counts], float], work: Path | None) -> Callable[[Counts], float]:
     """``fitness``, each candidate once, also over runs if there is a folder."""
     file = work and work / MEASURED
-    kept = json.loads(file.read_text()) if file and file.is_file() else {}
-    known: dict[str, float] = {name: math.nan if value is None else value for name, value in kept.items()}
+    known: dict[str, float] = read_measured(file)
 
     def remembered(counts: Counts) -> float:
         name = ",".join(map(str, counts))

@@ -14,7 +14,7 @@ import torch
 from conmoe.allocate import parse_counts
 from conmoe.builtin_text import BUILTIN_NAME
 from conmoe.cli.console import say
-from conmoe.data import DataSpec, TokenData, check_tokenizer, load_tokenizer, load_tokens, parse_spec
+from conmoe.data import DataSpec, TokenData, TooLittleText, check_tokenizer, load_tokenizer, load_tokens, parse_spec
 from conmoe.documents import first_line
 from conmoe.mtp import POLICIES, Policy
 from conmoe.parallel import local_rank
@@ -69,7 +69,7 @@ def read_held_out(
     for amount in (tokens, tokens // 2, tokens // 4):
         try:
             return read_data(folder, data, max(1, amount), part="evaluation", without=used, **how)
-        except UsageError:  # too little text is left
+        except TooLittleText:
             continue
     say(
         "--data has too little text beside that which was used: measuring on the evaluation part of the "

@@ -9,7 +9,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from conmoe.forms import is_approximate, is_condensed
-from conmoe.ops.factors import from_weights
 from conmoe.refine import NONE
 from conmoe.registry import Form, get_method
 from conmoe.report.escape import code, escaped
@@ -41,7 +40,7 @@ _VLLM = [
 RELATION = "finetune"
 
 
-def model_card(source: Path, plan: Plan, form: Form) -> str:
+def model_card(source: Path, plan: Plan, form: Form, config: Mapping[str, Any]) -> str:
     """The card as Markdown with metadata; licence, languages and data sets are handed over from the source's card.
 
     Nothing is measured yet; :func:`conmoe.report.sections.measured_card` writes that in.
@@ -55,11 +54,11 @@ def model_card(source: Path, plan: Plan, form: Form) -> str:
         **known,  # type: ignore[arg-type]  # strings, of which the class takes one by name and keeps the other
         **inherited,
     )
-    body = _body(come_from, plan, form) + _licence(source, inherited) + "\n" + UNMEASURED
+    body = _body(come_from, plan, form, config) + _licence(source, inherited) + "\n" + UNMEASURED
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
-def _loading(plan: Plan, form: Form) -> list[str]:
+def _loading(plan: Plan, form: Form, config: Mapping[str, Any]) -> list[str]:
     remote = ", trust_remote_code=True" if form == "shared" else ""
     lines = ["", "## How to load it", "", "```python", _TRANSFORMERS.format(remote=remote, unnamed=UNNAMED), "```", ""]
     if form == "shared":
@@ -67,7 +66,7 @@ def _loading(plan: Plan, form: Form) -> list[str]:
             "`trust_remote_code=True` runs the modelling file of this repository. Without it: `pip install conmoe`,",
             "and `import conmoe` before loading, which teaches Transformers the same classes.",
         ]
-        lines += _VLLM if _has_maps_alone(plan) else ["vLLM does not serve it: it runs maps, and this has more."]
+        lines += _VLLM if _has_maps_alone(config) else ["vLLM does not serve it: it runs maps, and this has more."]
     else:
         lines += [
             "No code of this repository is needed, and neither is conmoe: Transformers and vLLM read it as they read",
@@ -78,15 +77,10 @@ def _loading(plan: Plan, form: Form) -> list[str]:
     return lines
 
 
-def _has_maps_alone(plan: Plan) -> bool:
-    """Whether the ``shared`` form of a plan is what vLLM runs; the modelling file refuses the rest there."""
-    layers = [scope.plan for scope in plan.scopes]
-    more = (
-        each.static_K is not None or each.constant_CD is not None or each.skip or from_weights(each.weights)[0]
-        for each in layers
-    )
-    own = all(len(scope.layers) == 1 for scope in plan.scopes)
-    return own and not any(more) and all(bool((each.assignment_E >= 0).all()) for each in layers)
+def _has_maps_alone(config: Mapping[str, Any]) -> bool:
+    """Whether a ``shared`` checkpoint is one that vLLM runs; the modelling file refuses the rest there."""
+    owners = {int(layer): owner for layer, (owner, _) in (config.get("expert_pools") or {}).items()}
+    return not config.get("consolidated_layers") and all(layer == owner for layer, owner in owners.items())
 
 
 def _licence(source: Path, inherited: Mapping[str, Any]) -> str:
@@ -104,7 +98,7 @@ def _licence(source: Path, inherited: Mapping[str, Any]) -> str:
     return f"\n## Licence\n\n{said}{here}\n"
 
 
-def _body(come_from: Origin, plan: Plan, form: Form) -> str:
+def _body(come_from: Origin, plan: Plan, form: Form, config: Mapping[str, Any]) -> str:
     sizes = sorted({scope.plan.mixing_KE.shape[0] for scope in plan.scopes})
     experts = plan.scopes[0].plan.assignment_E.numel()
     options = ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "none"
@@ -143,7 +137,7 @@ def _body(come_from: Origin, plan: Plan, form: Form) -> str:
         ]
     if is_approximate(plan, form):
         lines += ["", "**Approximation:** the plan redirects experts, and cutting router rows drops them instead."]
-    return "\n".join([*lines, *_loading(plan, form), ""])
+    return "\n".join([*lines, *_loading(plan, form, config), ""])
 
 
 def _refinement(plan: Plan) -> str:
