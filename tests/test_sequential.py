@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import conmoe
-from conmoe.artifacts import read_layer, read_manifest, read_tokens
+from conmoe.artifacts import plan_fingerprint, read_layer, read_manifest, read_tokens
 from conmoe.calibrate import draw
 from conmoe.forms import without_map
 from conmoe.observe import IMPLEMENTATION
@@ -148,6 +150,31 @@ def test_sequential_plans_differ_from_the_second_layer_on_and_resume(
     errors = [[scope.plan.predicted_error for scope in plan.scopes] for plan in (whole, at_once)]
     assert errors[0][0] == errors[1][0]
     assert errors[0][1] != errors[1][1]
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_run_that_stops_while_it_clears_up_ends_with_the_same_plan(
+    step, checkpoint, calibrated, tmp_path, monkeypatch
+):
+    """The text's passage and two layers go; it stops in the midst of one of them."""
+    folder, statistics = checkpoint("olmoe"), calibrated("olmoe")
+    whole = conmoe.plan(folder, statistics, tmp_path / "whole", SEQUENTIAL)
+    left, delete = step, shutil.rmtree
+
+    def stop_half_way(path, **options):
+        nonlocal left
+        left -= Path(path).parent == tmp_path / "plan.partial"
+        if left < 0:
+            next(file for file in path.rglob("*") if file.is_file()).unlink()
+            raise Stop
+        delete(path, **options)
+
+    with monkeypatch.context() as patched, suppress(Stop):
+        patched.setattr(shutil, "rmtree", stop_half_way)
+        conmoe.plan(folder, statistics, tmp_path / "plan", SEQUENTIAL)
+    again = conmoe.plan(folder, statistics, tmp_path / "plan", SEQUENTIAL, force=True)
+    assert plan_fingerprint(again) == plan_fingerprint(whole)
+    assert not [part for part in (tmp_path / "plan").iterdir() if part.is_dir()]
 
 
 def test_a_walk_that_was_killed_goes_on_where_it_stopped(tmp_path):

@@ -6,7 +6,6 @@ are taken out and kept, and each group of a grouped router is planned for itself
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -56,11 +55,9 @@ from conmoe.request import (
     named_experts,
     positions,
 )
-from conmoe.sequential import Passage, open_passage
+from conmoe.sequential import PASSAGE, Passage, clear_layers, open_passage
 from conmoe.source import Source, check_compressible, open_source, outline_experts, read_experts
 from conmoe.types import ConmoeError, Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, UsageError, sample_tensors
-
-_PASSAGE = "passage"
 
 
 def plan(
@@ -146,8 +143,7 @@ def plan(
         made = replace(context.assemble(done), default_form=form)
         if folder:
             write_plan(folder, made)
-            for part in [*folder.glob("layer-*"), *folder.glob(_PASSAGE)]:
-                shutil.rmtree(part)
+            clear_layers(folder)
     return made
 
 
@@ -165,7 +161,7 @@ def _passage(
             source,
             ids_NS,
             manifest,
-            Path(work) / _PASSAGE,
+            Path(work) / PASSAGE,
             device=request.device,
             sample=request.sample,
             drift=request.refine != NONE,

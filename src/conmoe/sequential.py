@@ -10,6 +10,8 @@ layer is fitted to bring them together again.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +28,9 @@ from conmoe.preview import preview
 from conmoe.source import Source, open_source
 from conmoe.stream import Stream, open_stream
 from conmoe.types import LayerStatistics, Plan, ScopePlan
+
+#: Where a folder that is being planned keeps the text on its way.
+PASSAGE = "passage"
 
 
 class Passage:
@@ -127,6 +132,20 @@ class Passage:
     def _stream(self, source: Source) -> Iterator[Stream]:
         with open_stream(source, self._ids_NS, device=self._device, work=self._work) as stream:
             yield stream
+
+
+def clear_layers(folder: Path) -> None:
+    """Remove what a plan was made in layer by layer, once it is written.
+
+    Each part goes at once, and the text's passage before the layers that it has passed: a killed run that is taken up
+    finds a layer whole or makes it again, on text that starts anew.
+    """
+    for gone in folder.glob("gone-*"):
+        shutil.rmtree(gone)
+    for part in [*folder.glob(PASSAGE), *sorted(folder.glob("layer-*"))]:
+        gone = folder / f"gone-{part.name}"
+        os.replace(part, gone)
+        shutil.rmtree(gone)
 
 
 def open_passage(

@@ -7,7 +7,6 @@ settled layer by layer on the token sample, and what was lost before and after i
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -45,12 +44,11 @@ from conmoe.refine import NONE, held_out_tokens
 from conmoe.refine import refine as refined
 from conmoe.registry import bind_options, get_refinement
 from conmoe.request import Request, check_refine_options, positions
-from conmoe.sequential import Passage, open_passage
+from conmoe.sequential import PASSAGE, Passage, clear_layers, open_passage
 from conmoe.source import Source, check_compressible, open_source, read_experts
 from conmoe.types import Experts, LayerPlan, LayerStatistics, Plan, ScopePlan, TokenSample, UsageError, sample_tensors
 
 SLICE_JSON = "slice.json"
-_PASSAGE = "passage"
 
 
 class LayerLoss(Record):
@@ -139,7 +137,7 @@ def slice_plan(
                 source,
                 read_tokens(statistics),
                 manifest,
-                folder / _PASSAGE,
+                folder / PASSAGE,
                 device=device,
                 sample=sample,
                 drift=refine != NONE,
@@ -153,8 +151,7 @@ def slice_plan(
         if out is not None:
             write_plan(folder, result)
             write_atomic(folder / SLICE_JSON, record.model_dump_json(indent=2) + "\n")
-            for part in [*folder.glob("layer-*"), *folder.glob(_PASSAGE)]:
-                shutil.rmtree(part)
+            clear_layers(folder)
     return Sliced(result, record)
 
 
